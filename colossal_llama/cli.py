@@ -1,0 +1,109 @@
+"""The ``colossal-llama`` command: one table from command name to options and function."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from colossal_llama import __version__, command
+
+# name: (module, options, function, summary). Modules are imported only when called.
+COMMANDS = {
+    "demo": (
+        "demo.demo",
+        "DemoOptions",
+        "demo",
+        "the whole pipeline on real text, with a report at the end",
+    ),
+    "doctor": ("doctor", "DoctorOptions", "doctor", "check this installation"),
+    "train-tokenizer": (
+        "tokenizer.train_tokenizer",
+        "TrainTokenizerOptions",
+        "train_tokenizer",
+        "learn a Llama tokenizer, or the pieces of a new language, from text",
+    ),
+    "init-tokenizer": (
+        "tokenizer.init_tokenizer",
+        "InitTokenizerOptions",
+        "init_tokenizer",
+        "extend a tokenizer with new pieces",
+    ),
+    "init-model": (
+        "model.init_model",
+        "InitModelOptions",
+        "init_model",
+        "give a model the embedding rows of an extended tokenizer",
+    ),
+    "prepare-pretrain-dataset": (
+        "dataset.prepare_pretrain",
+        "PretrainDatasetOptions",
+        "prepare_pretrain_dataset",
+        "turn raw text into packed, bucketed Arrow data",
+    ),
+    "prepare-sft-dataset": (
+        "dataset.prepare_sft",
+        "SftDatasetOptions",
+        "prepare_sft_dataset",
+        "turn conversations into Arrow data",
+    ),
+    "train": (
+        "training.train",
+        "TrainOptions",
+        "train",
+        "continue pretraining, or fine-tune (start it with a launcher)",
+    ),
+    "inference": (
+        "inference.generate",
+        "GenerateOptions",
+        "generate",
+        "talk to a model",
+    ),
+    "evaluate": (
+        "evaluation.perplexity",
+        "EvaluateOptions",
+        "evaluate",
+        "bits per byte of a model on held-out text",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs ``colossal-llama COMMAND --flags`` and returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"colossal-llama {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name not in COMMANDS:
+        print(
+            f"error: unknown command {name}; there are: {', '.join(COMMANDS)}",
+            file=sys.stderr,
+        )
+        return 2
+    module_name, options_name, function_name, _ = COMMANDS[name]
+    module = importlib.import_module(f"colossal_llama.{module_name}")
+    return command.run(
+        getattr(module, options_name),
+        getattr(module, function_name),
+        arguments[1:],
+        prog=f"colossal-llama {name}",
+    )
+
+
+def usage() -> str:
+    """The text of ``colossal-llama --help``."""
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {summary}" for name, (*_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: colossal-llama COMMAND [--flags]",
+            "",
+            *rows,
+            "",
+            "colossal-llama COMMAND --help explains a command's flags.",
+        ]
+    )

@@ -1,0 +1,252 @@
+"""A command is a typed dataclass plus a function.
+
+The dataclass is the only place where a flag, its default, its help and its check live:
+
+    @dataclass
+    class CountOptions:
+        path: Path = option(help="text file to read")
+        top: int = option(10, help="how many words to print")
+
+        def problems(self) -> list[str]:
+            return [] if self.top > 0 else ["--top must be positive"]
+
+    if __name__ == "__main__":
+        sys.exit(run(CountOptions, count))
+
+Every field becomes ``--name``. Every command also takes ``--config run.yaml``, a mapping from
+field names to values, which flags override. This module imports nothing heavy: ``--help`` has
+to answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from colossal_llama.errors import ColossalLlamaError, UsageError
+
+Options = TypeVar("Options")
+
+_REQUIRED: Any = object()
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+
+
+def option(
+    default: Any = _REQUIRED,
+    *,
+    help: str,
+    names: Sequence[str] = (),
+    choices: Sequence[str] | None = None,
+    comma: bool = False,
+) -> Any:
+    """A dataclass field that is also a flag.
+
+    Args:
+        default: value when the flag is absent; without one the flag is required.
+        help: what the flag does, in one sentence; the default is added by ``--help``.
+        names: further spellings, e.g. ``("-w", "--weight_decay")``.
+        choices: the allowed values.
+        comma: for list fields: one comma-separated value instead of several values.
+    """
+    metadata = {"help": help, "names": tuple(names), "choices": choices, "comma": comma}
+    if default is _REQUIRED:
+        return dataclasses.field(default=_REQUIRED, metadata=metadata)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def run(
+    options_type: type[Options],
+    function: Callable[[Options], int | None],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> int:
+    """Parses ``argv`` into ``options_type`` and calls ``function`` with it.
+
+    Returns the exit code: what ``function`` returned (None counts as 0), 2 for a user's
+    mistake (printed as one line), 130 after Ctrl-C.
+    """
+    try:
+        return function(parse(options_type, argv, prog)) or 0
+    except ColossalLlamaError as error:
+        # Under a launcher every process meets the same mistake; one per machine says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def parse(
+    options_type: type[Options], argv: Sequence[str] | None = None, prog: str | None = None
+) -> Options:
+    """Builds the options from the command line and, under it, from ``--config``.
+
+    Raises:
+        UsageError: naming every problem at once.
+    """
+    parser = _parser(options_type, prog)
+    given = vars(parser.parse_args(argv))
+    config = given.pop("config", None)
+    values = {**(_read_config(options_type, Path(config)) if config else {}), **given}
+    missing = [
+        f"--{field.name} is required"
+        for field in _fields(options_type)
+        if field.default is _REQUIRED and field.name not in values
+    ]
+    if missing:
+        raise UsageError(missing)
+    options = options_type(**values)
+    problems = options.problems() if hasattr(options, "problems") else []
+    if problems:
+        raise UsageError(problems)
+    return options
+
+
+def as_dict(options: Any) -> dict[str, Any]:
+    """The options as plain values: written as YAML, they are a ``--config`` that reruns them."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return {
+        field.name: plain(getattr(options, field.name)) for field in dataclasses.fields(options)
+    }
+
+
+def check_config(options: Any) -> None:
+    """Asserts that the options can be written and read again (an invariant of ours)."""
+    assert type(options)(**_convert_all(type(options), as_dict(options), "options")) == options
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as an exception, so that all commands print it in the same way."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError([f"{message} (see {self.prog} --help)"])
+
+
+def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog,
+        description=options_type.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file of flags; flags given here override it")
+    for field in _fields(options_type):
+        convert, is_list, is_bool = _converter(options_type, field)
+        settings: dict[str, Any] = {"help": _help(field), "type": convert, "dest": field.name}
+        if field.metadata["choices"]:
+            settings["choices"] = list(field.metadata["choices"])
+        else:
+            settings["metavar"] = "true|false" if is_bool else field.name.upper()
+        if is_list and not field.metadata["comma"]:
+            settings["nargs"] = "+"
+        if is_bool:
+            settings.update(nargs="?", const=True)
+        parser.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
+    return parser
+
+
+def _fields(options_type: type) -> list[dataclasses.Field[Any]]:
+    return list(dataclasses.fields(options_type))
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata["help"]).replace("%", "%%")
+    if field.default is _REQUIRED:
+        return f"{text} (required)"
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = ",".join(map(str, field.default_factory()))
+    return text if default is None or default == "" else f"{text} (default: {default})"
+
+
+def _converter(
+    options_type: type, field: dataclasses.Field[Any]
+) -> tuple[Callable[[str], Any], bool, bool]:
+    """From a field's type: (text to value, is it a list, is it a boolean)."""
+    kind = typing.get_type_hints(options_type)[field.name]
+    if isinstance(kind, types.UnionType):
+        (kind,) = [member for member in typing.get_args(kind) if member is not type(None)]
+    if typing.get_origin(kind) is list:
+        (item,) = typing.get_args(kind)
+        if field.metadata["comma"]:
+            return (lambda text: [item(part) for part in text.split(",") if part], True, False)
+        return item, True, False
+    return (_boolean, False, True) if kind is bool else (kind, False, False)
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+
+
+def _read_config(options_type: type, path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError([f"--config {path}: {error.strerror}"]) from None
+    except yaml.YAMLError as error:
+        raise UsageError([f"--config {path}: not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(content, dict):
+        raise UsageError([f"--config {path}: expected a mapping from flag names to values"])
+    return _convert_all(options_type, content, f"--config {path}")
+
+
+def _convert_all(options_type: type, content: dict[str, Any], where: str) -> dict[str, Any]:
+    fields = {field.name: field for field in _fields(options_type)}
+    values, problems = {}, []
+    for name, value in content.items():
+        if name not in fields:
+            close = difflib.get_close_matches(str(name), fields, n=1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            problems.append(f"{where}: unknown setting {name}{hint}")
+            continue
+        try:
+            values[name] = _convert(options_type, fields[name], value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            problems.append(f"{where}: {name}: {error}")
+    if problems:
+        raise UsageError(problems)
+    return values
+
+
+def _convert(options_type: type, field: dataclasses.Field[Any], value: Any) -> Any:
+    """A YAML value as the field's type, by the same conversion as on the command line."""
+    if value is None:
+        if field.default is None:
+            return None
+        raise ValueError("needs a value")
+    convert, is_list, _ = _converter(options_type, field)
+    choices = field.metadata["choices"]
+    if choices and str(value) not in choices:
+        raise ValueError(f"{value!r} is not one of {', '.join(choices)}")
+    if is_list:
+        if field.metadata["comma"]:
+            parts = value if isinstance(value, list) else [value]
+            return convert(",".join(map(str, parts)))
+        if not isinstance(value, list):
+            raise ValueError("expected a list")
+        return [convert(str(item)) for item in value]
+    return convert(str(value))

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend.
+
+A command prints such an error as one line and exits with code 2. Any other exception is a
+bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ColossalLlamaError(Exception):
+    """Says what is wrong, where (``file:line`` where there is one), and what to do."""
+
+
+class UsageError(ColossalLlamaError):
+    """The flags or the configuration file cannot be honoured."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class DataError(ColossalLlamaError):
+    """An input file is missing, malformed or does not belong to what it is used with."""

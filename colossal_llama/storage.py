@@ -1,0 +1,146 @@
+"""Files that are complete or absent: atomic writes, checksums, JSON lines with line numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from colossal_llama.errors import DataError
+
+
+@contextmanager
+def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling of ``target``; renames it to ``target`` if the block succeeds.
+
+    On an exception the temporary directory is removed and ``target`` is as it was.
+
+    Raises:
+        DataError: ``target`` exists, is not an empty directory, and ``overwrite`` is false.
+    """
+    refuse_existing(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_directory(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: Path, *, overwrite: bool = False) -> None:
+    """Raises DataError if writing to ``target`` would overwrite something."""
+    if overwrite or not target.exists():
+        return
+    if not target.is_dir():
+        raise DataError(f"{target} is a file; choose another output path or give --overwrite")
+    if any(target.iterdir()):
+        raise DataError(f"{target} exists and is not empty; choose another or give --overwrite")
+
+
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Makes ``temporary`` durable and moves it to ``target``, replacing what was there."""
+    fsync_tree(temporary)
+    if target.is_dir():
+        # Two renames, because a directory cannot be renamed onto one that is not empty.
+        old = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        target.unlink(missing_ok=True)
+        temporary.rename(target)
+    _fsync(target.parent)
+
+
+@contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling of ``target`` that replaces it if the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fsync_tree(directory: Path) -> None:
+    """Flushes every file and folder under ``directory`` to the disk."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            _fsync(Path(root, name))
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal text."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as indented UTF-8 JSON with sorted keys, atomically."""
+    with atomic_file(path) as temporary:
+        text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        DataError: the file is missing or is not JSON, naming it and the line.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number from 1, object) for every line that is not blank.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not a JSON object; names file:line.
+    """
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    yield number, _json_object(line, f"{path}:{number}")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
