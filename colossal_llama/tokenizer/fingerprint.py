@@ -96,7 +96,9 @@ def _merges(fast: dict[str, Any]) -> list[list[str]]:
 
 def _convert(directory: Path) -> dict[str, Any]:
     if not (directory / "tokenizer.model").is_file():
-        what = "has no tokenizer.json and no tokenizer.model" if directory.is_dir() else "is missing"
+        what = (
+            "has no tokenizer.json and no tokenizer.model" if directory.is_dir() else "is missing"
+        )
         raise DataError(f"{directory}: no tokenizer here: the directory {what}")
     from colossal_llama.tokenizer.directory import read_tokenizer
 

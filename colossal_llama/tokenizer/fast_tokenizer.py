@@ -1,0 +1,106 @@
+"""``tokenizer.json`` of a SentencePiece BPE model: pieces and merges that give the same ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from colossal_llama.errors import DataError
+from colossal_llama.tokenizer.sentencepiece_model import normal_pieces
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def convert(directory: Path, model: Any) -> dict[str, Any]:
+    """The content of a ``tokenizer.json`` for a directory that has only ``tokenizer.model``.
+
+    transformers builds the frame (normaliser, special tokens, decoder); the merges are ours.
+
+    Raises:
+        DataError: transformers cannot read the directory.
+    """
+    from transformers import LlamaTokenizerFast
+
+    config = directory / "tokenizer_config.json"
+    # Without a configuration transformers takes legacy=True and prints a long note about it.
+    options = {} if config.is_file() else {"legacy": True}
+    try:
+        loaded = LlamaTokenizerFast.from_pretrained(
+            str(directory), local_files_only=True, from_slow=True, **options
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{directory}: transformers cannot load this tokenizer: {reason}") from None
+    fast = json.loads(loaded.backend_tokenizer.to_str())
+    if not model.normalizer_spec.add_dummy_prefix:
+        _drop_dummy_prefix(fast)
+    return with_pieces_of(fast, model)
+
+
+def _drop_dummy_prefix(fast: dict[str, Any]) -> None:
+    """transformers adds the prefix by its own default, whatever the SentencePiece model says."""
+    if fast["normalizer"]:
+        steps = fast["normalizer"]["normalizers"]
+        fast["normalizer"]["normalizers"] = [step for step in steps if step["type"] != "Prepend"]
+    if fast["pre_tokenizer"]:
+        fast["pre_tokenizer"]["prepend_scheme"] = "never"
+    steps = fast["decoder"]["decoders"]
+    fast["decoder"]["decoders"] = [step for step in steps if step["type"] != "Strip"]
+
+
+def with_pieces_of(fast: dict[str, Any], model: Any) -> dict[str, Any]:
+    """``fast`` with vocabulary and merges of the SentencePiece ``model``, all else unchanged.
+
+    SentencePiece merges any two neighbours whose concatenation is a piece, best score first.
+    Said as a merge list: every split of a piece into two pieces, by falling score of the whole.
+    """
+    vocabulary = {piece: key for key, piece in enumerate(_names(fast, model))}
+    merges = fast["model"].get("merges") or []
+    texts = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+    old = {merge: rank for rank, merge in enumerate(texts)}
+    changed = {**fast["model"], "vocab": vocabulary, "merges": _merges(model, old)}
+    return {**fast, "model": changed}
+
+
+def _names(fast: dict[str, Any], model: Any) -> list[str]:
+    """Pieces by id; where the fast tokenizer has a name for an id (special tokens), that one."""
+    names = [str(entry.piece) for entry in model.pieces]
+    for name, key in fast["model"]["vocab"].items():
+        if key < len(names):
+            names[key] = name
+    return names
+
+
+def _merges(model: Any, old_ranks: dict[str, int]) -> list[str]:
+    """Merges as "left right", first to be done first.
+
+    Where scores tie, the old list's order stands, so that what was segmented one way stays so;
+    new ties are broken as transformers does, longer left half first, which on runs of spaces is
+    SentencePiece's leftmost-first.
+    """
+    pieces = normal_pieces(model)
+    ranked = []
+    for piece, key in pieces.items():
+        score = model.pieces[key].score
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in pieces and right in pieces:
+                merge = f"{left} {right}"
+                rank = old_ranks.get(merge, len(old_ranks))
+                ranked.append((-score, rank, -cut, key, merge))
+    return [merge for *_, merge in sorted(ranked)]
+
+
+def load(fast: dict[str, Any]) -> Tokenizer:
+    """The tokenizer that ``fast`` describes."""
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_str(json.dumps(fast, ensure_ascii=False))
+
+
+def load_bare(fast: dict[str, Any]) -> Tokenizer:
+    """Only the merging of ``fast``: no prefix, no special tokens, text in pieces' own spelling."""
+    bare = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
+    return load({**fast, **bare, "added_tokens": []})
