@@ -1,0 +1,185 @@
+"""What a prepared dataset says about itself, and the check at the door of whoever opens it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from colossal_llama.errors import DataError
+from colossal_llama.storage import read_json, sha256_file, write_json
+from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint, vocabulary_size
+
+MANIFEST_FILE = "dataset_manifest.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class CategoryCount:
+    """Sums over one category.
+
+    ``tokens`` are those of every accepted document. ``tokens_without_loss`` of them are in no
+    row, because a row of theirs would have nothing to learn; all others are in exactly one.
+    ``loss_tokens`` are the labels that are not -100.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    rows: int = 0
+    tokens_without_loss: int = 0
+
+
+@dataclass
+class ArrowFile:
+    """Size and SHA-256 of a file in a part."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Part:
+    """A ``part-*`` directory: its rows, their tokens, its longest row, its Arrow files by name."""
+
+    rows: int
+    tokens: int
+    longest_row: int
+    files: dict[str, ArrowFile]
+
+
+@dataclass
+class TokenizerIdentity:
+    """Which tokenizer made the ids: fingerprint and number of ids."""
+
+    fingerprint: str
+    vocabulary_size: int
+
+
+@dataclass
+class Manifest:
+    """The content of ``dataset_manifest.json``, the file beside the parts.
+
+    ``padding_share`` is the share of a row that would be padding if every row were padded to
+    ``max_length``. ``rejected`` counts input that was left out, ``shortened`` conversations
+    whose last turns were. ``chat_template`` is what formatted the conversations (sft only).
+    """
+
+    schema_version: int
+    kind: str
+    tokenizer: TokenizerIdentity
+    max_length: int
+    seed: int
+    categories: dict[str, CategoryCount]
+    padding_share: float
+    rejected: dict[str, int]
+    shortened: int
+    chat_template: str | None
+    parts: dict[str, Part]
+
+    def write(self, directory: Path) -> None:
+        """Writes the manifest into ``directory``, beside the parts."""
+        write_json(directory / MANIFEST_FILE, dataclasses.asdict(self))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over everything the manifest says, the checksums of the rows included."""
+        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def tokenizer_identity(tokenizer_dir: Path) -> TokenizerIdentity:
+    """The identity of the tokenizer in a directory.
+
+    Raises:
+        DataError: there is none.
+    """
+    return TokenizerIdentity(tokenizer_fingerprint(tokenizer_dir), vocabulary_size(tokenizer_dir))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads the manifest in ``directory``.
+
+    Raises:
+        DataError: there is none, or it is not one that this version understands.
+    """
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{path}: no such file; a part is read from the directory it was prepared in"
+        )
+    content = read_json(path)
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DataError(
+            f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; "
+            "prepare the dataset again"
+        )
+    try:
+        categories = {name: CategoryCount(**c) for name, c in content.pop("categories").items()}
+        parts = {name: _part(part) for name, part in content.pop("parts").items()}
+        tokenizer = TokenizerIdentity(**content.pop("tokenizer"))
+        return Manifest(**content, categories=categories, parts=parts, tokenizer=tokenizer)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a dataset manifest ({error})") from None
+
+
+def check_part(part_dir: Path, tokenizer_dir: Path, *, checksums: bool = False) -> Manifest:
+    """Checks that a part is whole and was made with the tokenizer of ``tokenizer_dir``.
+
+    File sizes are always compared, the content only with ``checksums`` (it reads every byte).
+
+    Raises:
+        DataError: it is not; names both sides.
+    """
+    manifest = read_manifest(part_dir.parent)
+    check_tokenizer(manifest, part_dir.parent, tokenizer_identity(tokenizer_dir), tokenizer_dir)
+    check_files(manifest, part_dir, checksums=checksums)
+    return manifest
+
+
+def check_tokenizer(
+    manifest: Manifest, directory: Path, tokenizer: TokenizerIdentity, tokenizer_dir: Path
+) -> None:
+    """Raises DataError if the dataset in ``directory`` was made with another tokenizer."""
+    ours, theirs = tokenizer, manifest.tokenizer
+    if ours.vocabulary_size != theirs.vocabulary_size:
+        raise DataError(
+            f"{directory} was prepared with a tokenizer of {theirs.vocabulary_size} ids, "
+            f"{tokenizer_dir} has {ours.vocabulary_size}; prepare it again with that tokenizer"
+        )
+    if ours.fingerprint != theirs.fingerprint:
+        raise DataError(
+            f"{directory} was prepared with tokenizer {theirs.fingerprint[:12]}, "
+            f"{tokenizer_dir} is {ours.fingerprint[:12]}; prepare it again with that tokenizer"
+        )
+
+
+def check_files(manifest: Manifest, part_dir: Path, *, checksums: bool = False) -> None:
+    """Raises DataError if a file of the part is missing, cut short or (on demand) altered."""
+    if part_dir.name not in manifest.parts:
+        raise DataError(
+            f"{part_dir} is not a part that {part_dir.parent / MANIFEST_FILE} lists: "
+            f"{', '.join(manifest.parts)}"
+        )
+    for name, expected in manifest.parts[part_dir.name].files.items():
+        path = part_dir / name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; the manifest lists it; prepare the dataset again")
+        size = path.stat().st_size
+        if size != expected.bytes:
+            raise DataError(
+                f"{path}: {size} bytes, the manifest says {expected.bytes}; "
+                "the file is incomplete or was changed"
+            )
+        if checksums and (found := sha256_file(path)) != expected.sha256:
+            raise DataError(
+                f"{path}: SHA-256 {found[:12]}, the manifest says {expected.sha256[:12]}; "
+                "the file was changed"
+            )
+
+
+def _part(content: dict) -> Part:
+    files = {name: ArrowFile(**file) for name, file in content.pop("files").items()}
+    return Part(**content, files=files)
