@@ -25,7 +25,7 @@ from colossal_llama.dataset.packing import Row
 from colossal_llama.dataset.spool import Document, Spool
 from colossal_llama.dataset.writer import (
     ARROW_FILE,
-    NO_LOSS,
+    IGNORE_INDEX,
     RowData,
     write_json_lines,
     write_part,
@@ -254,7 +254,7 @@ def _row_data(spool: Spool, category: str, row: Row) -> RowData:
     import numpy as np
 
     input_ids = spool.row_ids(row)
-    labels = np.where(spool.row_loss(row), input_ids, np.int32(NO_LOSS))
+    labels = np.where(spool.row_loss(row), input_ids, np.int32(IGNORE_INDEX))
     return RowData(input_ids, labels, [stop - start for _, start, stop in row], category)
 
 

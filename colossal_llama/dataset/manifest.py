@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +80,6 @@ class Manifest:
     def write(self, directory: Path) -> None:
         """Writes the manifest into ``directory``, beside the parts."""
         write_json(directory / MANIFEST_FILE, dataclasses.asdict(self))
-
-    def fingerprint(self) -> str:
-        """SHA-256 over everything the manifest says, the checksums of the rows included."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
 def tokenizer_identity(tokenizer_dir: Path) -> TokenizerIdentity:

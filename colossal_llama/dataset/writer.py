@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 ARROW_FILE = "data-00000-of-00001.arrow"
-NO_LOSS = -100
+IGNORE_INDEX = -100
 _ROWS_PER_BATCH = 256
 
 
