@@ -107,3 +107,7 @@ def usage() -> str:
             "colossal-llama COMMAND --help explains a command's flags.",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
