@@ -84,18 +84,26 @@ def _piece(record: dict[str, Any], where: str) -> str:
     piece = record["piece"]
     if not isinstance(piece, str):
         raise DataError(f"{where}: the piece is {type(piece).__name__}, expected text")
+    problem = problem_of(piece)
+    if problem:
+        raise DataError(f"{where}: the piece {piece!r} {problem}")
+    return piece
+
+
+def problem_of(piece: str) -> str | None:
+    """Why ``piece`` cannot be added to any SentencePiece model, or None if it can."""
     if not piece:
-        raise DataError(f"{where}: the piece is empty")
+        return "is empty"
     for character in piece:
         category = unicodedata.category(character)
         if category == "Cs":
-            raise DataError(f"{where}: the piece holds half a surrogate pair, U+{ord(character):X}")
-        if character.isspace() or category in ("Cc", "Zs", "Zl", "Zp"):
-            raise DataError(
-                f"{where}: the piece {piece!r} holds the space or control character "
-                f"U+{ord(character):04X}; SentencePiece spells a space as {SPACE}"
+            return "holds half a surrogate pair"
+        if character.isspace() or category == "Cc":
+            return (
+                f"holds the space or control character U+{ord(character):04X}; "
+                f"SentencePiece spells a space as {SPACE}"
             )
-    return piece
+    return None
 
 
 def _refuse_reserved(piece: str, never: set[str], reserved: set[str], where: str) -> None:
