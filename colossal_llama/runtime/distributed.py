@@ -1,0 +1,92 @@
+"""The process group: started from a launcher's environment, taken down in good order."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from colossal_llama.errors import UsageError
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def world_size() -> int:
+    """The number of processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def distributed(seed: int) -> Iterator[None]:
+    """Makes ColossalAI ready for this device and joins the processes of this job.
+
+    Reads the variables that ``torchrun`` and ``colossalai run`` set; without them the job has
+    one process. Inside a process group that is already there (tests that run several
+    trainings in one process), that group is used and left alone.
+
+    Raises:
+        UsageError: the launcher's variables are incomplete.
+    """
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        yield
+        return
+    _check_environment()
+    _quieten()
+    _prepare()
+    import colossalai
+
+    colossalai.launch_from_torch(seed=seed, verbose=False)
+    try:
+        yield
+    finally:
+        # Plugins destroy their process groups when they are collected; that has to happen
+        # while there is still a group to destroy, or the interpreter's exit prints tracebacks.
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+def _check_environment() -> None:
+    present = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if not present or present == ["MASTER_ADDR"]:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    elif len(present) < len(LAUNCHER_VARIABLES):
+        missing = ", ".join(sorted(set(LAUNCHER_VARIABLES) - set(present)))
+        raise UsageError(
+            [f"the launcher did not set {missing}; start with torchrun or colossalai run"]
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _prepare() -> None:
+    """Installs the accelerator object, the kernels and the patches."""
+    import torch
+    from colossalai.accelerator import set_accelerator
+
+    from colossal_llama.runtime import adam, patches
+
+    if not torch.cuda.is_available():
+        from colossal_llama.runtime.accelerator import HostAccelerator
+
+        set_accelerator(HostAccelerator())
+    adam.register()
+    patches.apply_all()
+
+
+def _quieten() -> None:
+    """Silences what libraries say at import that no user of ours can act on."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", message=".*NVMe.*|.*apex.*|.*flash.?attn.*|.*ninja.*")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,142 @@
+"""Changes to ColossalAI 0.5.0 that its extension points do not reach.
+
+One function a patch. Each docstring names the upstream file, the reason, and when the patch
+may go; ``tests/runtime/test_patches.py`` shows for each what fails without it. A patch may be
+applied again without effect.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def apply_all() -> None:
+    """Applies every patch that this device needs."""
+    for patch in ALWAYS:
+        patch()
+    if not torch.cuda.is_available():
+        for patch in ON_CPU:
+            patch()
+
+
+def pipeline_backend_check() -> None:
+    """``pipeline/p2p.py``, ``_check_for_nccl_hccl_backend``: asks torch for HCCL (Ascend).
+
+    Stock torch has neither ``torch.distributed.is_hccl_available`` nor ``Backend.HCCL``, so
+    pipeline parallelism over gloo dies with an AttributeError.
+    May go when upstream asks only where HCCL can be.
+    """
+    from colossalai.pipeline import p2p
+    from torch.distributed import distributed_c10d as c10d
+
+    def is_nccl(group: Any) -> bool:
+        return (group or c10d._get_default_group()).name() == c10d.Backend.NCCL
+
+    p2p._check_for_nccl_hccl_backend = is_nccl
+
+
+def zero_device_check() -> None:
+    """``zero/low_level/low_level_optim.py``, ``_sanity_checks``: insists on cuda or npu.
+
+    ZeRO 1 and 2 need nothing of the kind. The check of the parameters' dtype stays.
+    May go when upstream drops the device assertion.
+    """
+    from colossalai.zero.low_level.low_level_optim import LowLevelZeroOptimizer
+
+    def check_dtypes(self: Any) -> None:
+        for group in self.optim.param_groups:
+            for parameter in group["params"]:
+                if not getattr(parameter, "skip_zero_check", False):
+                    assert parameter.dtype == self._dtype, (
+                        f"expected parameters of {self._dtype}, got {parameter.dtype}"
+                    )
+
+    LowLevelZeroOptimizer._sanity_checks = check_dtypes
+
+
+def gemini_chunk_placement() -> None:
+    """``zero/gemini/chunk/chunk.py``, ``Chunk``: tells shards apart by device *type*.
+
+    "On the compute device" and "offloaded to the CPU" are both ``cpu`` here, and Gemini would
+    move every shard to the offloaded side and then miss it. A chunk that computes reports the
+    placement name ``cuda``, as it does on a GPU; no tensor is put anywhere by that name.
+    May go when upstream keeps the placement apart from the device type.
+    """
+    from colossalai.zero.gemini.chunk.chunk import Chunk
+
+    def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if not kwargs.get("cpu_shard_init", False):
+            self.shard_device = torch.device("cuda")
+
+    def device_type(self: Any) -> str:
+        if self.chunk_temp is not None:
+            return str(self.chunk_temp.device.type)
+        return "cuda" if self.is_gathered or self.cuda_shard is not None else "cpu"
+
+    _wrap(Chunk, "__init__", init)
+    Chunk.device_type = property(device_type)
+
+
+def gemini_accumulation() -> None:
+    """``zero/gemini/chunk/manager.py``, ``rearrange_accumulated_grad_chunk``.
+
+    Gradients of earlier micro-batches are added to those of the next before the reduction,
+    which divides by the group's size, so they are multiplied by it first. In a chunk that
+    every rank keeps whole, all ranks bring the same sum, and the all-reduce counts it once
+    per rank: with two ranks and two equal micro-batches the gradient comes out 1.5 times too
+    large. Dividing such a chunk once undoes it.
+    May go when upstream leaves gathered chunks unscaled.
+    """
+    from colossalai.zero.gemini.chunk.manager import ChunkManager
+
+    def rearrange(original: Callable[..., Any], self: Any, chunk: Any) -> Any:
+        if chunk.grad_chunk.is_gathered:
+            chunk.grad_chunk.cuda_global_chunk.div_(chunk.pg_size)
+        return original(self, chunk)
+
+    _wrap(ChunkManager, "rearrange_accumulated_grad_chunk", rearrange)
+
+
+def loss_in_fp32() -> None:
+    """``shardformer/modeling/llama.py``: computes the cross-entropy in the working dtype.
+
+    With pipeline or tensor parallelism the loss would be taken from bf16 logits and come back
+    rounded to bf16 (three digits); transformers' own Llama takes it in fp32, and so do the
+    other plugins.
+    May go when upstream upcasts the logits.
+    """
+    from colossalai.shardformer.modeling import llama
+
+    def cross_entropy(
+        original: Callable[..., torch.Tensor],
+        labels: torch.Tensor,
+        logits: torch.Tensor,
+        shard_config: Any,
+        vocab_size: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        return original(labels, logits.float(), shard_config, vocab_size, torch.float32)
+
+    _wrap(llama, "dist_cross_entropy", cross_entropy)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replaces ``owner.name`` by ``wrapper(original, *args)``, once."""
+    original = getattr(owner, name)
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+ALWAYS = (pipeline_backend_check, gemini_accumulation, loss_in_fp32)
+ON_CPU = (zero_device_check, gemini_chunk_placement)
