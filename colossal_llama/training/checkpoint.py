@@ -84,6 +84,7 @@ def save_checkpoint(
         tokenizer.save_pretrained(temporary / "modeling")
         storage.write_json(temporary / "lr_scheduler", asdict(schedule))
         storage.write_json(temporary / "running_states.json", asdict(state))
+    dist.barrier()  # other processes' temporary files come and go until they are done
     storage.fsync_tree(temporary)
     dist.barrier()
     if rank == 0:
