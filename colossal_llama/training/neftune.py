@@ -22,7 +22,8 @@ class NoisyEmbeddings:
     """
 
     def __init__(self, model: Any, alpha: float, seed: int, data_rank: int) -> None:
-        self.alpha, self.seed, self.data_rank = alpha, seed, data_rank
+        # ColossalAI counts ranks in numpy integers, which would overflow below.
+        self.alpha, self.seed, self.data_rank = alpha, seed, int(data_rank)
         self._generator = torch.Generator()
         self._lengths: torch.Tensor | None = None
         model.register_forward_pre_hook(self._remember_lengths, with_kwargs=True)
