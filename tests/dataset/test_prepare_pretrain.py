@@ -182,6 +182,17 @@ def test_rows_without_loss_are_counted_not_written(tmp_path, tokenizer_dir, writ
     assert count.tokens_without_loss == count.tokens - len(row["input_ids"]) > 256
 
 
+def test_a_row_of_one_token_is_not_written(tmp_path, tokenizer, tokenizer_dir, write_lines):
+    """Its only label is never used: the mean loss over it would be NaN."""
+    text = "one two three four five six seven"
+    length = 2 + len(tokenizer.encode(text, add_special_tokens=False))
+    data = write_lines([{"source": "", "target": text, "category": "c"}])
+    flags = {"num_spliced_dataset_bins": 1, "max_length": length - 1}
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    (count,) = read_manifest(tmp_path / "out").categories.values()
+    assert (count.rows, count.tokens, count.tokens_without_loss) == (1, length, 1)
+
+
 def run_script(*arguments, **environment):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
