@@ -1,0 +1,95 @@
+"""Reading a tokenizer directory and making its missing half."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from colossal_llama.errors import DataError
+from colossal_llama.tokenizer import directory, fast_tokenizer
+from colossal_llama.tokenizer.sentencepiece_model import processor, read_model
+
+
+def _without_fast_half(small: Path, target: Path, **settings: Any) -> Path:
+    target.mkdir()
+    model = read_model(small / "tokenizer.model")
+    for name, value in settings.items():
+        setattr(model.normalizer_spec, name, value)
+    (target / "tokenizer.model").write_bytes(model.SerializeToString())
+    return target
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_made_fast_half_has_the_models_dummy_prefix(
+    prefix: bool, small: Path, english: list[str], tmp_path: Path
+) -> None:
+    """Defect 19: the prefix is what the SentencePiece model says, not transformers' default."""
+    source = _without_fast_half(small, tmp_path / "in", add_dummy_prefix=prefix)
+    read = directory.read_tokenizer(source)
+    encoder, fast = processor(read.model), fast_tokenizer.load(read.fast)
+    for text in [*english[:20], " space first", "", "\n"]:
+        ids = encoder.encode(text)
+        assert fast.encode(text, add_special_tokens=False).ids == ids
+        assert fast.decode(ids) == encoder.decode(ids)
+
+
+def test_every_setting_survives(small: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    shutil.copytree(small, source)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"legacy": False, "add_eos_token": True, "chat_template": "{{ messages }}"}
+    config |= {"model_max_length": 77, "padding_side": "left", "something_else": [1]}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (source / "chat_template.jinja").write_text("{{ x }}", encoding="utf-8")
+    read = directory.read_tokenizer(source)
+    target = tmp_path / "out"
+    target.mkdir()
+    directory.write_tokenizer(target, read.model, read.fast, settings_from=source)
+    for name in ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
+    assert json.loads((target / "tokenizer.json").read_text(encoding="utf-8")) == read.fast
+    loaded = AutoTokenizer.from_pretrained(target)
+    assert (loaded.model_max_length, loaded.padding_side, loaded.legacy) == (77, "left", False)
+
+
+def test_merges_of_special_tokens_are_left_out(small: Path) -> None:
+    """A text that spells a special token letter by letter must not merge into it."""
+    read = directory.read_tokenizer(small)
+    results = {merge.replace(" ", "") for merge in read.fast["model"]["merges"]}
+    assert results.isdisjoint({"<s>", "</s>", "<unk>", "<0x0A>"})
+    bare = fast_tokenizer.load_bare(read.fast)
+    for text in ("<s>", "</s>", "<unk>", "<0x0A>"):
+        assert text not in bare.encode(text).tokens
+
+
+def test_other_classes_are_refused(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    with pytest.raises(DataError, match="T5Tokenizer"):
+        directory.read_tokenizer(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model_type": 1}, "Unigram"),
+        ({"remove_extra_whitespaces": True}, "rewrites the text"),
+        ({"precompiled_charsmap": b"x"}, "rewrites the text"),
+    ],
+)
+def test_other_kinds_are_refused(
+    change: dict[str, Any], complaint: str, small: Path, tmp_path: Path
+) -> None:
+    model = read_model(small / "tokenizer.model")
+    for name, value in change.items():
+        spec = model.trainer_spec if name == "model_type" else model.normalizer_spec
+        setattr(spec, name, value)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match=complaint):
+        directory.read_tokenizer(tmp_path)
