@@ -17,6 +17,13 @@ MODELS = {
     "stage-b": "stage B: all weights",
     "sft": "after fine-tuning",
 }
+# The stages that train, as the plot names them.
+TRAINED = {
+    "base": "base: pretraining",
+    "stage-a": "stage A: embeddings",
+    "stage-b": "stage B: all weights",
+    "sft": "supervised fine-tuning",
+}
 
 
 @dataclass(frozen=True)

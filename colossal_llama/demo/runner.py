@@ -102,14 +102,17 @@ def run_stages(stages: Sequence[Stage], out: Path, root: Path) -> list[dict[str,
 
 def resolved(stage: Stage, root: Path) -> Stage:
     """The stage with every ``{latest}`` replaced by what the run's file ``latest`` names."""
+    return replace(stage, command=tuple(resolved_word(word, root) for word in stage.command))
+
+
+def resolved_word(word: str, root: Path) -> str:
+    """One word of a command, likewise; it may hold several paths, separated by commas."""
 
     def name_checkpoint(match: re.Match[str]) -> str:
-        save_dir = match[1]
-        latest = (root / save_dir / "latest").read_text(encoding="utf-8").strip()
-        return f"{save_dir}/{latest}"
+        latest = (root / match[1] / "latest").read_text(encoding="utf-8").strip()
+        return f"{match[1]}/{latest}"
 
-    command = tuple(re.sub(r"([^,=]+)/{latest}", name_checkpoint, word) for word in stage.command)
-    return replace(stage, command=command)
+    return re.sub(r"([^,]+)/{latest}", name_checkpoint, word)
 
 
 _BAR = "{n_fmt}/{total_fmt} |{bar:20}| {elapsed} {desc}{postfix}"
