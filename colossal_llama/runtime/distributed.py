@@ -74,9 +74,10 @@ def _prepare() -> None:
     import torch
     from colossalai.accelerator import set_accelerator
 
-    from colossal_llama.runtime import adam, patches
+    from colossal_llama.runtime import adam, memory, patches
 
     if not torch.cuda.is_available():
+        memory.keep_freed_memory()
         from colossal_llama.runtime.accelerator import HostAccelerator
 
         set_accelerator(HostAccelerator())
@@ -88,5 +89,9 @@ def _quieten() -> None:
     """Silences what libraries say at import that no user of ours can act on."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", message=".*NVMe.*|.*apex.*|.*flash.?attn.*|.*ninja.*")
+    warnings.filterwarnings(
+        "ignore", message=".*TypedStorage.*|.*NVMe.*|.*apex.*|.*flash.?attn.*|.*ninja.*"
+    )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # Where it puts which shard, at every checkpoint; its warnings stay.
+    logging.getLogger("colossalai").setLevel(logging.WARNING)

@@ -125,6 +125,22 @@ def loss_in_fp32() -> None:
     _wrap(llama, "dist_cross_entropy", cross_entropy)
 
 
+def detached_padding() -> None:
+    """``tensor/padded_tensor/api.py``, ``_hijack_back_detach_and_clone``.
+
+    A pipeline pads the vocabulary to a multiple of 64 and, to save the model, removes the
+    padding from a *detached* embedding. Detaching copies the padding's size but not the saved
+    methods that removing it wants to put back: AttributeError ``_unpad_detach``.
+    May go when upstream gives a detached tensor its methods.
+    """
+    from colossalai.tensor.padded_tensor import api
+
+    def restore(original: Callable[..., torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        return original(tensor) if hasattr(tensor, "_unpad_detach") else tensor
+
+    _wrap(api, "_hijack_back_detach_and_clone", restore)
+
+
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces ``owner.name`` by ``wrapper(original, *args)``, once."""
     original = getattr(owner, name)
@@ -138,5 +154,5 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, name, patched)
 
 
-ALWAYS = (pipeline_backend_check, gemini_accumulation, loss_in_fp32)
+ALWAYS = (pipeline_backend_check, gemini_accumulation, loss_in_fp32, detached_padding)
 ON_CPU = (zero_device_check, gemini_chunk_placement)

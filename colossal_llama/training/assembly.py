@@ -12,6 +12,7 @@ from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.nn.optimizer import HybridAdam
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from colossal_llama import command, storage
@@ -61,8 +62,7 @@ def build_trainer(options: TrainOptions) -> Trainer:
     model, optimizer = boost(options, booster, model)
     noise = None
     if options.use_neft and (not layout.pipeline or plugin.stage_manager.is_first_stage()):
-        alpha = options.neftune_noise_alpha
-        noise = NoisyEmbeddings(model.unwrap(), alpha, options.seed, layout.data_rank)
+        noise = NoisyEmbeddings(model.unwrap(), options.neftune_noise_alpha, options.seed)
     if state.step:
         resume(options, state, optimizer, layout)
 
@@ -126,15 +126,12 @@ def load_model(options: TrainOptions, vocabulary: int) -> Any:
         DataError: the weights are incomplete, or of another vocabulary.
     """
     directory = weights_directory(options)
-    attention = "sdpa"
-    if options.use_flash_attn and torch.cuda.is_available() and _has_flash_attn():
-        attention = "flash_attention_2"
     disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             torch_dtype=DTYPES[options.mixed_precision],
-            attn_implementation=attention,
+            attn_implementation=attention_implementation(options),
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -151,6 +148,18 @@ def load_model(options: TrainOptions, vocabulary: int) -> Any:
         )
     model.config.use_cache = False
     return model
+
+
+def attention_implementation(options: TrainOptions) -> str:
+    """The name of transformers' attention."""
+    if options.sp > 1:
+        # ColossalAI's attention for sequence parallelism applies the mask that it is given;
+        # for "sdpa" transformers gives none where no row is padded, and means "causal" by it.
+        # "eager" always gives the causal mask. (Without it tokens see their successors.)
+        return "eager"
+    if options.use_flash_attn and torch.cuda.is_available() and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "sdpa"
 
 
 def weights_directory(options: TrainOptions) -> Path:
@@ -253,12 +262,6 @@ def open_metrics(
         schedule.total_steps,
         main,
     )
-
-
-def _has_flash_attn() -> bool:
-    from transformers.utils import is_flash_attn_2_available
-
-    return bool(is_flash_attn_2_available())
 
 
 def _first_line(error: Exception) -> str:

@@ -16,37 +16,38 @@ from torch import nn
 class NoisyEmbeddings:
     """Hooks that add the noise to a model's embeddings in training mode.
 
-    The noise comes from a generator of its own, seeded by (seed, step, data parallel rank):
-    ranks that share a micro-batch by tensor or sequence parallelism add the same noise, a
-    resumed run adds what the uninterrupted one would have, and no weight is touched.
+    The noise of a row is a function of the seed and the row's number in the order of samples:
+    processes that share a row by tensor or sequence parallelism add the same noise, and so
+    does a resumed run, on any number of processes. No weight is touched.
     """
 
-    def __init__(self, model: Any, alpha: float, seed: int, data_rank: int) -> None:
-        # ColossalAI counts ranks in numpy integers, which would overflow below.
-        self.alpha, self.seed, self.data_rank = alpha, seed, int(data_rank)
+    def __init__(self, model: Any, alpha: float, seed: int) -> None:
+        self.alpha, self.seed = alpha, seed
         self._generator = torch.Generator()
-        self._lengths: torch.Tensor | None = None
+        self._next_sample = 0
+        self._lengths: list[int] = []
         model.register_forward_pre_hook(self._remember_lengths, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
 
-    def start_step(self, step: int) -> None:
-        """Makes the noise of update ``step`` a function of its number alone."""
-        # Distinct odd multipliers keep (seed, step, rank) triples apart.
-        mixed = self.seed * 1_000_003 + step * 8_191 + self.data_rank * 131_071
-        self._generator.manual_seed(mixed % 2**63)
+    def start_step(self, first_sample: int) -> None:
+        """Tells which sample the first row of this process's next micro-batch is."""
+        self._next_sample = first_sample
 
     def _remember_lengths(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._lengths = kwargs["attention_mask"].sum(dim=1)
+        self._lengths = kwargs["attention_mask"].sum(dim=1).tolist()
 
     def _add_noise(self, module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embedded
-        assert self._lengths is not None, "the model was called without an attention mask"
-        return embedded + self.noise(embedded, self._lengths)
+        noise = torch.zeros(embedded.shape)
+        for row, length in enumerate(self._lengths):
+            noise[row, :length] = self.row_noise(self._next_sample + row, length, noise.shape[-1])
+        self._next_sample += len(self._lengths)
+        return embedded + noise.to(embedded)
 
-    def noise(self, embedded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Noise for ``embedded`` [batch, sequence, width], ``lengths`` int64 [batch]."""
+    def row_noise(self, sample: int, length: int, width: int) -> torch.Tensor:
+        """Noise for a row of ``length`` tokens, float32 [length, width]."""
         # Drawn on the CPU, so that every device gets the same numbers.
-        uniform = torch.rand(embedded.shape, generator=self._generator) * 2 - 1
-        scale = self.alpha / (lengths.float() * embedded.shape[-1]).sqrt()
-        return (uniform.to(embedded.device) * scale.view(-1, 1, 1)).to(embedded.dtype)
+        self._generator.manual_seed((self.seed * 2**40 + sample) % 2**63)
+        uniform = torch.rand(length, width, generator=self._generator) * 2 - 1
+        return uniform * (self.alpha / (length * width) ** 0.5)

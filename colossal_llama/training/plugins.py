@@ -47,7 +47,7 @@ def build_layout(options: TrainOptions, plugin: Any) -> Layout:
         return Layout(size, rank, True, True, rank, pipeline=False, sequence_multiple=1)
     mesh = plugin.pg_mesh
     tensor, pipe, sequence = (
-        mesh.coordinate(axis) for axis in (plugin.tp_axis, plugin.pp_axis, plugin.sp_axis)
+        int(mesh.coordinate(axis)) for axis in (plugin.tp_axis, plugin.pp_axis, plugin.sp_axis)
     )
     first = tensor == 0 and sequence == 0
     owner = rank
@@ -55,10 +55,10 @@ def build_layout(options: TrainOptions, plugin: Any) -> Layout:
         # Data and sequence parallel ranks hold the same state; the first of them keeps it.
         coordinates = list(mesh.coordinate())
         coordinates[plugin.dp_axis] = coordinates[plugin.sp_axis] = 0
-        owner = mesh.ravel(tuple(coordinates), mesh.shape)
+        owner = int(mesh.ravel(tuple(coordinates), mesh.shape))
     return Layout(
         data_size=size // (options.tp * options.pp * options.sp),
-        data_rank=mesh.coordinate(plugin.dp_axis),
+        data_rank=int(mesh.coordinate(plugin.dp_axis)),
         counts_tokens=first and pipe == 0,
         reports_loss=first and pipe == options.pp - 1,
         optimizer_owner=owner,

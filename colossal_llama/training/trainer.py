@@ -70,7 +70,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if self.noise is not None:
-            self.noise.start_step(step)
+            share = len(rows) // self.layout.data_size
+            self.noise.start_step(self.state.samples + self.layout.data_rank * share)
         loss = self._forward_backward(micro_batches, loss_tokens)
         if not math.isfinite(loss):
             raise ColossalLlamaError(

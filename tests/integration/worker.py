@@ -1,0 +1,35 @@
+"""Runs several trainings in one process group: importing ColossalAI takes longer than they do.
+
+    torchrun --nproc_per_node 2 tests/integration/worker.py jobs.json
+
+``jobs.json`` is a list of flag lists for ``train.py``. A job that fails stops the group.
+"""
+
+import json
+import sys
+import traceback
+
+import torch
+
+from colossal_llama import command
+from colossal_llama.runtime.distributed import distributed
+from colossal_llama.training.train import TrainOptions, train
+
+
+def main() -> None:
+    with open(sys.argv[1], encoding="utf-8") as stream:
+        jobs = json.load(stream)
+    with distributed(seed=0):
+        for flags in jobs:
+            # A job starts from the same random state wherever it stands in the list.
+            torch.manual_seed(0)
+            try:
+                train(command.parse(TrainOptions, flags))
+            except Exception:
+                print(f"failed: train.py {' '.join(flags)}", file=sys.stderr)
+                traceback.print_exc()
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
