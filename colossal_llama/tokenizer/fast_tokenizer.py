@@ -23,12 +23,12 @@ def convert(directory: Path, model: Any) -> dict[str, Any]:
     """
     from transformers import LlamaTokenizerFast
 
-    config = directory / "tokenizer_config.json"
-    # Without a configuration transformers takes legacy=True and prints a long note about it.
-    options = {} if config.is_file() else {"legacy": True}
     try:
+        # With legacy=False transformers would build a prefix that is left out where a text starts
+        # with a space, which neither SentencePiece nor the slow tokenizer does. Llama 2's own
+        # tokenizer.json is built the legacy way too, whatever its configuration says.
         loaded = LlamaTokenizerFast.from_pretrained(
-            str(directory), local_files_only=True, from_slow=True, **options
+            str(directory), local_files_only=True, from_slow=True, legacy=True
         )
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())

@@ -38,6 +38,27 @@ def test_a_made_fast_half_has_the_models_dummy_prefix(
         assert fast.decode(ids) == encoder.decode(ids)
 
 
+def test_a_made_fast_half_ignores_transformers_newer_prefix(small: Path, tmp_path: Path) -> None:
+    """With ``legacy: false`` transformers leaves the prefix out before a space."""
+    source = _without_fast_half(small, tmp_path / "in")
+    (source / "tokenizer_config.json").write_text('{"legacy": false}')
+    read = directory.read_tokenizer(source)
+    encoder, fast = processor(read.model), fast_tokenizer.load(read.fast)
+    slow = AutoTokenizer.from_pretrained(small, use_fast=False, legacy=False)
+    for text in (" space first", "▁the", "the", "  two"):
+        ids = fast.encode(text, add_special_tokens=False).ids
+        assert ids == encoder.encode(text) == slow.encode(text, add_special_tokens=False)
+
+
+def test_halves_that_segment_differently_are_refused(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "in")
+    path = tmp_path / "in" / "tokenizer.json"
+    fast = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**fast, "normalizer": None}), encoding="utf-8")
+    with pytest.raises(DataError, match="different ids"):
+        directory.read_tokenizer(tmp_path / "in")
+
+
 def test_every_setting_survives(small: Path, tmp_path: Path) -> None:
     source = tmp_path / "in"
     shutil.copytree(small, source)
