@@ -43,14 +43,15 @@ clean:  ## remove .venv and what the demo left
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv --without-pip .venv
-	$(PYTHON) -m pip --python .venv/bin/python install -q pip
+	$(PYTHON) -m pip --python .venv/bin/python install pip
 
 .venv/user: .venv/bin/python requirements.txt requirements-no-deps.txt pyproject.toml
-	$(BIN)/python -m pip install -q -r requirements.txt
-	$(BIN)/python -m pip install -q --no-deps -r requirements-no-deps.txt
-	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	@echo 'installing into .venv: about 1.7 GB on disk, one to five minutes'
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -r requirements-no-deps.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation -e .
 	touch $@
 
 .venv/developer: .venv/user requirements-dev.txt
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@

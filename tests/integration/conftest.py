@@ -27,11 +27,13 @@ class World:
     out: Path
 
 
-def call(command: list[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Runs a command from the repository's root; on failure shows what it printed."""
+def call(
+    command: list[str], *, check: bool = True, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command, by default in the repository's root; on failure shows what it printed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500
     )
     if check:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
