@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import os
 import sys
 import types
@@ -38,6 +39,13 @@ Options = TypeVar("Options")
 _REQUIRED: Any = object()
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
+
+# What a user can mend: a path, a right, a disk. A full disk often has no path to name.
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_MENDABLE = _FULL | {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+}
 
 
 def option(
@@ -74,7 +82,7 @@ def run(
     """Parses ``argv`` into ``options_type`` and calls ``function`` with it.
 
     Returns the exit code: what ``function`` returned (None counts as 0), 2 for a user's
-    mistake (printed as one line), 130 after Ctrl-C.
+    mistake or for files and disks that a user can mend (printed as one line), 130 after Ctrl-C.
     """
     try:
         return function(parse(options_type, argv, prog)) or 0
@@ -88,6 +96,17 @@ def run(
         return 130
     except BrokenPipeError:
         return 141
+    except OSError as error:
+        if not _is_mendable(error):
+            raise
+        # A disk or a right is a matter of one machine: every process speaks for itself.
+        path = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {path}{error.strerror}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _is_mendable(error: OSError) -> bool:
+    return error.errno in _FULL or (error.errno in _MENDABLE and error.filename is not None)
 
 
 def parse(
@@ -215,7 +234,11 @@ def _read_config(options_type: type, path: Path) -> dict[str, Any]:
 
 
 def _convert_all(options_type: type, content: dict[str, Any], where: str) -> dict[str, Any]:
-    fields = {field.name: field for field in _fields(options_type)}
+    fields = {
+        spelling.lstrip("-"): field
+        for field in _fields(options_type)
+        for spelling in (field.name, *field.metadata["names"])
+    }
     values, problems = {}, []
     for name, value in content.items():
         if name not in fields:
@@ -224,7 +247,7 @@ def _convert_all(options_type: type, content: dict[str, Any], where: str) -> dic
             problems.append(f"{where}: unknown setting {name}{hint}")
             continue
         try:
-            values[name] = _convert(options_type, fields[name], value)
+            values[fields[name].name] = _convert(options_type, fields[name], value)
         except (ValueError, argparse.ArgumentTypeError) as error:
             problems.append(f"{where}: {name}: {error}")
     if problems:
@@ -249,4 +272,6 @@ def _convert(options_type: type, field: dataclasses.Field[Any], value: Any) -> A
         if not isinstance(value, list):
             raise ValueError("expected a list")
         return [convert(str(item)) for item in value]
+    if isinstance(value, list | dict):
+        raise ValueError("expected a single value")
     return convert(str(value))

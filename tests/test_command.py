@@ -1,0 +1,243 @@
+"""Flags: from the command line, from YAML, back to YAML; and how mistakes are reported."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colossal_llama import command
+from colossal_llama.command import option
+from colossal_llama.errors import DataError, UsageError
+
+
+@dataclass
+class Options:
+    """Options of every kind a command uses."""
+
+    path: Path = option(help="required")
+    size: int = option(1, help="a count of 100 %", names=("-s", "--amount"))
+    rate: float = option(0.5, help="a number")
+    flag: bool = option(False, help="a boolean")
+    other_flag: bool = option(True, help="a boolean that is on")
+    mode: str = option("soft", help="one of two", choices=("soft", "hard"))
+    paths: list[Path] = option([], help="several values")
+    letters: list[str] = option(["a", "b"], help="a comma list", comma=True)
+    limit: int | None = option(None, help="may be absent")
+
+    def problems(self) -> list[str]:
+        found = [] if self.size > 0 else ["--size must be positive"]
+        return found + ([] if self.rate > 0 else ["--rate must be positive"])
+
+
+def parse(*argv: str) -> Options:
+    return command.parse(Options, ["--path", "p", *argv])
+
+
+def parse_yaml(tmp_path: Path, text: str, *argv: str) -> Options:
+    config = tmp_path / "run.yaml"
+    config.write_text(text, encoding="utf-8")
+    return command.parse(Options, ["--config", str(config), *argv])
+
+
+def problems_of(tmp_path: Path, text: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        parse_yaml(tmp_path, text)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("text", ["true", "True", "yes", "on", "1"])
+def test_true_means_true(tmp_path: Path, text: str) -> None:
+    assert parse("--flag", text).flag is True
+    assert parse_yaml(tmp_path, f"{{path: p, flag: {text}}}").flag is True
+
+
+@pytest.mark.parametrize("text", ["false", "False", "no", "off", "0"])
+def test_false_means_false(tmp_path: Path, text: str) -> None:
+    assert parse("--other_flag", text).other_flag is False
+    assert parse_yaml(tmp_path, f"{{path: p, other_flag: {text}}}").other_flag is False
+
+
+def test_a_bare_flag_is_true_and_an_absent_one_its_default() -> None:
+    assert parse("--flag").flag is True
+    assert parse("--flag", "--size", "3") == parse("--size", "3", "--flag", "true")
+    assert (parse().flag, parse().other_flag) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--flag", "maybe"],
+        ["--size", "three"],
+        ["--mode", "medium"],
+        ["--fla", "true"],
+        ["--unknown", "1"],
+        ["--paths"],
+    ],
+)
+def test_what_cannot_be_understood_is_a_usage_error(argv: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(*argv)
+    assert argv[0].lstrip("-") in str(caught.value)
+    assert "--help" in str(caught.value)
+
+
+def test_missing_required_flag_is_named() -> None:
+    with pytest.raises(UsageError, match="--path is required"):
+        command.parse(Options, [])
+
+
+def test_all_problems_are_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--path", "p", "--size", "0", "--rate", "-1"]
+    assert command.run(Options, lambda options: 0, argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err == "error: --size must be positive; --rate must be positive\n"
+    assert printed.out == ""
+
+
+def test_lists_take_several_values_and_comma_lists_one() -> None:
+    options = parse("--paths", "x", "y", "--letters", "c,d,e")
+    assert options.paths == [Path("x"), Path("y")]
+    assert options.letters == ["c", "d", "e"]
+    assert parse().letters == ["a", "b"]
+    assert parse("--letters", "").letters == []
+
+
+def test_default_lists_are_not_shared() -> None:
+    parse().letters.append("z")
+    assert parse().letters == ["a", "b"]
+
+
+def test_every_spelling_works_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
+    for spelling in ("-s", "--amount", "--size"):
+        assert parse(spelling, "7").size == 7
+        assert parse_yaml(tmp_path, f"{{path: p, {spelling.lstrip('-')}: 7}}").size == 7
+
+
+def test_flags_override_the_config_and_the_config_the_defaults(tmp_path: Path) -> None:
+    options = parse_yaml(tmp_path, "{path: q, size: 5, rate: 2}", "--size", "6")
+    assert (options.path, options.size, options.rate) == (Path("q"), 6, 2.0)
+    assert options.mode == "soft"
+
+
+def test_unknown_setting_comes_with_a_suggestion(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, "{path: p, lettres: [a]}")
+    assert problem.endswith("unknown setting lettres, did you mean letters?")
+    assert "run.yaml" in problem
+
+
+def test_all_problems_of_a_config_are_reported_together(tmp_path: Path) -> None:
+    text = "{pth: p, size: many, mode: medium, flag: perhaps, paths: x, rate: null, path: [p]}"
+    found = problems_of(tmp_path, text)
+    assert len(found) == 7
+    for name in ("pth", "size", "mode", "flag", "paths", "rate", "path"):
+        assert any(f": {name}: " in line or f"setting {name}," in line for line in found), name
+
+
+@pytest.mark.parametrize("text", ["- a list", "just text", "a: [1", ""])
+def test_config_that_is_no_mapping(tmp_path: Path, text: str) -> None:
+    (problem,) = problems_of(tmp_path, text)
+    assert "run.yaml" in problem
+    assert "\n" not in problem
+
+
+def test_config_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match="absent.yaml: No such file"):
+        command.parse(Options, ["--config", "absent.yaml"])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--flag", "--other_flag", "false", "--limit", "3", "--rate", "1e-07"],
+        ["--paths", "a b", "ü, c", "--letters", "x,y", "--mode", "hard", "--size", "12"],
+    ],
+)
+def test_written_options_read_back_as_the_same(tmp_path: Path, argv: list[str]) -> None:
+    options = parse(*argv)
+    command.check_config(options)
+    assert parse_yaml(tmp_path, json.dumps(command.as_dict(options))) == options
+
+
+def test_help_says_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        command.run(Options, lambda options: 0, ["--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "--path PATH required (required)",
+        "a count of 100 % (default: 1)",
+        "(default: 0.5)",
+        "(default: False)",
+        "{soft,hard} one of two (default: soft)",
+        "a comma list (default: a,b)",
+        "may be absent",
+        "--config",
+    ):
+        assert part in text, part
+
+
+def run_raising(error: BaseException) -> int:
+    def function(options: Any) -> None:
+        raise error
+
+    return command.run(Options, function, ["--path", "p"])
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    ],
+)
+def test_file_errors_are_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_raising(OSError(number, os.strerror(number), "some/file")) == 2
+    assert capsys.readouterr().err == f"error: some/file: {os.strerror(number)}\n"
+
+
+def test_a_full_disk_names_no_file_but_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        with open("/dev/full", "w") as stream:
+            stream.write("x" * 100_000)
+    except OSError as error:
+        assert error.filename is None, "then the case is covered above"
+        assert run_raising(error) == 2
+        assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EBADF, "Bad file descriptor", "some/file"),
+        OSError(errno.ENOENT, "No such file or directory"),
+        OSError("a library's own"),
+        ValueError("a bug"),
+    ],
+)
+def test_a_bug_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_raising(error)
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(Options, lambda options: None, ["--path", "p"]) == 0
+    assert command.run(Options, lambda options: 7, ["--path", "p"]) == 7
+    assert run_raising(KeyboardInterrupt()) == 130
+    assert run_raising(BrokenPipeError(errno.EPIPE, "Broken pipe")) == 141
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_one_process_a_machine_reports_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for local_rank, printed in (("0", "error: bad line\n"), ("1", "")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        assert run_raising(DataError("bad line")) == 2
+        assert capsys.readouterr().err == printed
