@@ -7,6 +7,7 @@ from pathlib import Path
 
 from colossal_llama.command import option
 from colossal_llama.runtime.distributed import world_size
+from colossal_llama.storage import read_json
 
 PLUGINS = ("gemini", "gemini_auto", "zero2", "zero2_cpu", "3d")
 
@@ -93,7 +94,8 @@ class TrainOptions:
             found.append("--accumulation_steps must be at least 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append("--warmup_steps must not be negative")
-        return found + self._layout_problems() + self._path_problems()
+        found += self._layout_problems() + self._path_problems()
+        return found or self._model_problems()
 
     def _layout_problems(self) -> list[str]:
         found = []
@@ -118,6 +120,22 @@ class TrainOptions:
                 f"--accumulation_steps must be at least --pp ({self.pp}): every stage of the "
                 "pipeline works on its own micro-batch"
             )
+        return found
+
+    def _model_problems(self) -> list[str]:
+        """What of the layout the model's own sizes do not allow."""
+        config = read_json(self.pretrained / "config.json")
+        heads = config.get("num_attention_heads", 1)
+        sizes = {"heads": heads, "key-value heads": config.get("num_key_value_heads") or heads}
+        split = self.tp * self.sp
+        found = [
+            f"--tp {self.tp} x --sp {self.sp} does not divide the model's {size} {name}"
+            for name, size in sizes.items()
+            if size % split
+        ]
+        layers = config.get("num_hidden_layers", 1)
+        if self.pp > layers:
+            found.append(f"--pp {self.pp} is more than the model's {layers} layers")
         return found
 
     def _path_problems(self) -> list[str]:
