@@ -63,7 +63,10 @@ class Trainer:
         rows = self.sampler.batch(self.state.samples)
         micro_batches = self._micro_batches(rows)
         loss_tokens, tokens = self._sum_over_ranks(
-            [sum(map(_loss_tokens, micro_batches)), sum(map(_tokens, micro_batches))],
+            [
+                sum(int(_loss_tokens(batch)) for batch in micro_batches),
+                sum(map(_tokens, micro_batches)),
+            ],
             self.layout.counts_tokens,
         )
         rate = self.schedule.learning_rate(step)
@@ -120,14 +123,15 @@ class Trainer:
         Gradients are averaged over data ranks, hence the factor ``data_size``.
         """
         per_token = self.layout.data_size / max(1.0, loss_tokens)
-        total = torch.zeros((), dtype=torch.float64)
+        # Counted on the device: reading a number there would wait for it at every micro-batch.
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         if self.layout.pipeline:
             # The schedule divides by the number of micro-batches, so multiply by it first.
             factor = per_token * len(micro_batches)
 
             def criterion(output: Any, batch: Batch) -> torch.Tensor:
                 count = _loss_tokens(batch)
-                total.add_(output.loss.detach().double().cpu() * count)
+                total.add_(output.loss.detach() * count)
                 return output.loss * (count * factor)
 
             whole = {name: torch.cat([b[name] for b in micro_batches]) for name in micro_batches[0]}
@@ -136,10 +140,10 @@ class Trainer:
             )
         else:
             for batch in micro_batches:
-                count = _loss_tokens(batch)
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+                count = _loss_tokens(batch)
                 loss = self.model(**batch, use_cache=False).loss
-                total += loss.detach().double().cpu() * count
+                total.add_(loss.detach() * count)
                 self.booster.backward(loss * (count * per_token), self.optimizer)
         (summed,) = self._sum_over_ranks([float(total)], self.layout.reports_loss)
         return summed / max(1.0, loss_tokens)
@@ -176,9 +180,9 @@ def _tokens(batch: Batch) -> int:
     return int(batch["attention_mask"].sum())
 
 
-def _loss_tokens(batch: Batch) -> int:
-    """Tokens that are predicted: the first label of a row has nothing before it."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+def _loss_tokens(batch: Batch) -> torch.Tensor:
+    """Number of tokens that are predicted: a row's first label has nothing before it."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
 def _trim(batch: Batch, multiple: int) -> Batch:
