@@ -1,12 +1,14 @@
-"""Files that are complete or absent: atomic writes, checksums, JSON lines with line numbers."""
+"""Files that are complete or absent, and input whose every mistake is named by file and line."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,28 +121,93 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
 
 
+def find_files(paths: Iterable[Path], suffixes: Sequence[str]) -> list[Path]:
+    """The files with one of ``suffixes`` among and directly in ``paths``.
+
+    The order of ``paths`` stays; the files of a directory are sorted by name.
+
+    Raises:
+        DataError: a path does not exist, holds no such file, or a file is named twice.
+    """
+    endings = tuple(suffixes)
+    kinds = " or ".join([", ".join(endings[:-1]), endings[-1]] if endings[1:] else endings)
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.name.endswith(endings))
+            if not found:
+                raise DataError(f"{path}: no {kinds} file in it (folders below are not searched)")
+            files += found
+        elif not path.exists():
+            raise DataError(f"{path}: no such file or directory")
+        elif not path.name.endswith(endings):
+            raise DataError(f"{path}: expected a {kinds} file, or a directory of them")
+        else:
+            files.append(path)
+    seen: set[Path] = set()
+    for file in files:
+        if file.resolve() in seen:
+            raise DataError(f"{file} is given twice; its documents would count double")
+        seen.add(file.resolve())
+    return files
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yields (line number from 1, line with its end) of a UTF-8 text; ``.gz`` is unpacked.
+
+    Raises:
+        DataError: the file cannot be read, or a line is not UTF-8; names file:line.
+    """
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    yield number, line.decode("utf-8")
+                except UnicodeDecodeError:
+                    raise DataError(f"{path}:{number}: not UTF-8 text") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile):
+        raise DataError(f"{path}:{number + 1}: the gzip stream is broken or cut short") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number from 1, object) for every line that is not blank.
+    """Yields (line number from 1, object) for every line that is not blank; unpacks ``.gz``.
 
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object; names file:line.
     """
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, _json_object(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    for number, line in read_lines(path):
+        if line.strip():
+            yield number, _json_object(line, f"{path}:{number}")
 
 
-def _json_object(line: bytes, where: str) -> dict[str, Any]:
+def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8 text") from None
+        value = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, endless nesting
+        raise DataError(f"{where}: not JSON that can be read") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def text_of(record: dict[str, Any], key: str, where: str) -> str:
+    """The text under ``key`` of a JSON object that was read at ``where`` (file:line).
+
+    Raises:
+        DataError: there is none, or it is not text that UTF-8 can write.
+    """
+    if key not in record:
+        raise DataError(f"{where}: missing key {key}")
+    value = record[key]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {key} must be a string, found {type(value).__name__}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: {key} holds half of a surrogate pair, not text") from None
     return value

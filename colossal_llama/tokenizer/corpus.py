@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from colossal_llama.errors import DataError
-from colossal_llama.storage import read_jsonl
+from colossal_llama.storage import find_files, read_jsonl, read_lines, text_of
 
-_SUFFIXES = (".jsonl", ".txt")
+_JSON_LINES = (".jsonl", ".jsonl.gz")
+_LINES = (".txt", ".txt.gz")
 
 
-def text_files(paths: Sequence[Path]) -> list[Path]:
-    """The ``.jsonl`` and ``.txt`` files among and directly in ``paths``, sorted per directory.
+def text_files(paths: Iterable[Path]) -> list[Path]:
+    """The files of text among and directly in ``paths``, sorted per directory.
 
     Raises:
-        DataError: a path does not exist, is of another type, or holds no such file.
+        DataError: a path does not exist, holds no such file, or a file is named twice.
     """
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            found = sorted(item for item in path.iterdir() if item.suffix in _SUFFIXES)
-            if not found:
-                raise DataError(
-                    f"{path}: no .jsonl or .txt file in it (folders below are not searched)"
-                )
-            files += found
-        elif not path.exists():
-            raise DataError(f"{path}: no such file or directory")
-        elif path.suffix not in _SUFFIXES:
-            raise DataError(f"{path}: expected a .jsonl or .txt file, or a directory of them")
-        else:
-            files.append(path)
-    return files
+    return find_files(paths, (*_JSON_LINES, *_LINES))
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -41,21 +26,11 @@ def documents(path: Path) -> Iterator[str]:
     Raises:
         DataError: naming file:line, for a line that is not what the file's name promises.
     """
-    if path.suffix == ".jsonl":
+    if path.name.endswith(_JSON_LINES):
         for number, record in read_jsonl(path):
-            for key in ("source", "target"):
-                if not isinstance(record.get(key), str):
-                    raise DataError(f'{path}:{number}: "{key}" is missing or not text')
-            yield record["source"] + record["target"]
+            where = f"{path}:{number}"
+            yield text_of(record, "source", where) + text_of(record, "target", where)
         return
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    text = line.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError:
-                    raise DataError(f"{path}:{number}: not UTF-8 text") from None
-                if text:
-                    yield text
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+    for _, line in read_lines(path):
+        if text := line.rstrip("\r\n"):
+            yield text

@@ -30,7 +30,8 @@ class InitTokenizerOptions:
         help='JSONL of {"piece": "你好"}, most important first; "▁" spells a space'
     )
     sample_file: Path | None = option(
-        None, help=".jsonl or .txt file to report the compression on, before and after"
+        None,
+        help=".jsonl or .txt file (or .gz of one) to report the compression on, before and after",
     )
     overwrite: bool = option(False, help="replace target_tokenizer_dir if it exists")
 

@@ -32,7 +32,7 @@ class TrainTokenizerOptions:
 
     data_input_dirs: list[Path] = option(
         help="comma-separated files, or directories of them: .jsonl with source and target, "
-        ".txt with a document per line",
+        ".txt with a document per line; both also as .gz",
         comma=True,
     )
     target_tokenizer_dir: Path = option(help="directory to write the tokenizer to")

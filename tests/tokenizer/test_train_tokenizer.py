@@ -123,12 +123,18 @@ def test_long_lines_and_json_lines_are_learned_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "complaint"),
     [
-        ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"}\n', 'a.jsonl:2: "target"'),
+        (
+            "a.jsonl",
+            b'{"source": "a", "target": "b"}\n{"source": "a"}\n',
+            "a.jsonl:2: missing key target",
+        ),
+        ("a.jsonl", b'{"source": "", "target": "\\ud83d"}\n', "a.jsonl:1: target holds half of a"),
+        ("a.jsonl.gz", b'{"source": "", "target": "b"}\n', "a.jsonl.gz:1: the gzip stream"),
         ("a.jsonl", b"\n{}x\n", "a.jsonl:2: not JSON"),
         ("a.txt", b"fine\n\xff\xfe\n", "a.txt:2: not UTF-8"),
         ("a.txt", b"\n\r\n\n", "hold no text"),
         ("a.txt", b"", "hold no text"),
-        ("a.csv", b"x", "no .jsonl or .txt file"),
+        ("a.csv", b"x", "no .jsonl, .jsonl.gz, .txt or .txt.gz file"),
     ],
 )
 def test_bad_text_is_named(
