@@ -61,24 +61,27 @@ def zero_device_check() -> None:
 def gemini_chunk_placement() -> None:
     """``zero/gemini/chunk/chunk.py``, ``Chunk``: tells shards apart by device *type*.
 
-    "On the compute device" and "offloaded to the CPU" are both ``cpu`` here, and Gemini would
-    move every shard to the offloaded side and then miss it. A chunk that computes reports the
-    placement name ``cuda``, as it does on a GPU; no tensor is put anywhere by that name.
+    "On the compute device" and "offloaded to the CPU" are both ``cpu`` here: Gemini would move
+    every shard to the offloaded side and then miss it, in the first step, in the next, or
+    between two micro-batches. There is one memory, so every closed chunk reports the placement
+    name ``cuda``, as one that computes does on a GPU, and moving a shard does nothing; no
+    tensor is put anywhere by that name.
     May go when upstream keeps the placement apart from the device type.
     """
     from colossalai.zero.gemini.chunk.chunk import Chunk
 
     def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if not kwargs.get("cpu_shard_init", False):
-            self.shard_device = torch.device("cuda")
+        self.shard_device = torch.device("cuda")
 
     def device_type(self: Any) -> str:
-        if self.chunk_temp is not None:
-            return str(self.chunk_temp.device.type)
-        return "cuda" if self.is_gathered or self.cuda_shard is not None else "cpu"
+        return "cuda" if self.chunk_temp is None else str(self.chunk_temp.device.type)
+
+    def stay(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        assert self.cuda_shard is not None, "a shard is where it computes"
 
     _wrap(Chunk, "__init__", init)
+    _wrap(Chunk, "shard_move", stay)
     Chunk.device_type = property(device_type)
 
 
@@ -141,18 +144,57 @@ def detached_padding() -> None:
     _wrap(api, "_hijack_back_detach_and_clone", restore)
 
 
+def scaled_bf16_gradients() -> None:
+    """``nn/optimizer/hybrid_adam.py``, ``HybridAdam.step``: drops the scale of bf16 gradients.
+
+    Gemini clips by handing the step a divisor for its gradients. For a parameter on the CPU
+    whose gradient is bf16, ``step`` takes a path that never looks at it: the gradient norm is
+    reported and nothing is clipped.
+    May go when upstream divides on that path, too.
+    """
+    from colossalai.nn.optimizer import HybridAdam
+
+    def step(
+        original: Callable[..., Any], self: Any, closure: Any = None, div_scale: float = -1
+    ) -> Any:
+        self._div_scale = div_scale
+        return original(self, closure, div_scale)
+
+    def update(
+        original: Callable[..., None],
+        self: Any,
+        data: torch.Tensor,
+        gradient: torch.Tensor,
+        *args: Any,
+    ) -> None:
+        gradient = gradient.to(data.dtype)
+        if self._div_scale > 0:
+            gradient = gradient / self._div_scale
+        original(self, data, gradient, *args)
+
+    _wrap(HybridAdam, "step", step)
+    _wrap(HybridAdam, "torch_adam_update", update)
+
+
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces ``owner.name`` by ``wrapper(original, *args)``, once."""
     original = getattr(owner, name)
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "_patched_here"):
         return
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
+    patched._patched_here = True  # type: ignore[attr-defined]
     setattr(owner, name, patched)
 
 
-ALWAYS = (pipeline_backend_check, gemini_accumulation, loss_in_fp32, detached_padding)
+ALWAYS = (
+    pipeline_backend_check,
+    gemini_accumulation,
+    loss_in_fp32,
+    detached_padding,
+    scaled_bf16_gradients,
+)
 ON_CPU = (zero_device_check, gemini_chunk_placement)

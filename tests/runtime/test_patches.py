@@ -1,0 +1,131 @@
+"""Each change to ColossalAI: what fails without it, and that it works with it.
+
+The checks are in ``patch_worker.py``; one group of two processes runs all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colossal_llama.runtime import patches
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = "tests/runtime/patch_worker.py"
+LAST = "--- all that is meant to fail has failed"
+# Largest distance to torch's own AdamW, whose weights are about 1: fp32 rounding.
+ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class Report:
+    without: dict[str, Any]
+    with_it: dict[str, Any]
+    last_words: str
+
+
+@pytest.fixture(scope="session")
+def report() -> Report:
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         WORKER],
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return Report(
+        {record["name"]: record["without"] for record in records},
+        {record["name"]: record["with"] for record in records},
+        done.stderr.rpartition(LAST)[2],
+    )
+
+
+def test_every_patch_is_checked(report: Report) -> None:
+    names = {patch.__name__ for patch in (*patches.ALWAYS, *patches.ON_CPU)}
+    assert names <= report.without.keys()
+
+
+def test_accelerator_answers_what_the_upstream_one_does_not(report: Report) -> None:
+    assert {"current_device", "manual_seed", "memory_allocated", "Stream"} <= {
+        *report.without["accelerator"]
+    }
+    assert report.with_it["accelerator"] == []
+
+
+def test_adam_on_the_cpu_is_torchs_adamw(report: Report) -> None:
+    assert "No usable kernel" in report.without["adam_kernels"]
+    assert len(report.with_it["adam_kernels"]) == 4
+    assert max(report.with_it["adam_kernels"].values()) < ROUNDING
+
+
+def test_adam_of_many_tensors_is_torchs_adamw(report: Report) -> None:
+    assert report.with_it["multi_tensor_kernel"] < ROUNDING
+
+
+def test_scale_of_bf16_gradients_is_applied(report: Report) -> None:
+    without, with_it = (side["scaled_bf16_gradients"] for side in (report.without, report.with_it))
+    assert without["bf16 -1.0"] < ROUNDING, "not even without a scale"
+    assert without["bf16 3.0"] > 0.1
+    assert max(with_it.values()) < ROUNDING
+
+
+def test_pipeline_sends_over_gloo(report: Report) -> None:
+    assert "is_hccl_available" in report.without["pipeline_backend_check"]
+    assert report.with_it["pipeline_backend_check"] == [1.0, 2.0]
+
+
+def test_zero_runs_without_a_gpu(report: Report) -> None:
+    assert "device is required" in report.without["zero_device_check"]
+    first, *_, last = report.with_it["zero_device_check"]
+    assert last < first / 2
+    assert report.with_it["zero_dtype_check"].startswith("AssertionError: expected parameters of")
+
+
+def test_gemini_finds_its_shards(report: Report) -> None:
+    assert report.without["gemini_chunk_placement"].startswith("AssertionError")
+    for losses in report.with_it["gemini_chunk_placement"]:
+        assert losses == pytest.approx(report.with_it["zero_device_check"], rel=1e-3)
+
+
+def test_gemini_adds_up_micro_batches(report: Report) -> None:
+    """Two equal micro-batches make twice the gradient of one."""
+    assert report.without["gemini_accumulation"]["gathered"] == pytest.approx(3, rel=1e-2)
+    for ratio in report.with_it["gemini_accumulation"].values():
+        assert ratio == pytest.approx(2, rel=1e-2)
+
+
+def test_loss_is_computed_in_fp32(report: Report) -> None:
+    assert report.without["loss_in_fp32"]["dtype"] == "torch.bfloat16"
+    assert report.without["loss_in_fp32"]["error"] > 1e-3
+    assert report.with_it["loss_in_fp32"]["dtype"] == "torch.float32"
+    assert report.with_it["loss_in_fp32"]["error"] < 1e-6
+
+
+def test_padding_is_removed_from_a_detached_embedding(report: Report) -> None:
+    assert "_unpad_detach" in report.without["detached_padding"]
+    assert report.with_it["detached_padding"] == [5, 2]
+
+
+def test_rotary_frequencies_are_exact(report: Report) -> None:
+    # Half a unit in the last of bf16's 8 bits.
+    assert report.without["rope"] == pytest.approx(2**-9, rel=1)
+    assert report.with_it["rope"] == 0
+
+
+def test_applying_again_changes_nothing(report: Report) -> None:
+    again = report.with_it["again"]
+    assert again == {name: report.with_it[name] for name in again}
+
+
+def test_processes_end_without_complaint(report: Report) -> None:
+    assert report.with_it["tensor_parallel"] > 0
+    for word in ("Traceback", "Exception ignored", "Error", "WARNING", "Warning"):
+        assert word not in report.last_words, report.last_words
