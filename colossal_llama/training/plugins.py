@@ -93,7 +93,8 @@ def _gemini(options: TrainOptions, accumulation_steps: int, placement: str = "st
 def _gemini_auto(options: TrainOptions, accumulation_steps: int) -> Any:
     if torch.cuda.is_available():
         return _gemini(options, accumulation_steps, "auto")
-    logger.warning(
+    warn = logger.warning if dist.get_rank() == 0 else logger.debug
+    warn(
         "gemini_auto balances device memory against host memory; on a CPU there is nothing to "
         "balance, so the placement is static, as with --plugin gemini"
     )
