@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from colossal_llama import storage
+from colossal_llama.errors import DataError
 from colossal_llama.training.optimizer_state import load_optimizer_state, save_optimizer_state
 from colossal_llama.training.plugins import Layout
 
@@ -96,15 +97,35 @@ def save_checkpoint(
 
 
 def read_running_state(checkpoint: Path) -> RunningState:
-    """The running state of a checkpoint."""
-    content = storage.read_json(checkpoint / "running_states.json")
-    return RunningState(**content)
+    """The running state of a checkpoint.
+
+    Raises:
+        DataError: it cannot be read, or is not one that this version understands.
+    """
+    path = checkpoint / "running_states.json"
+    content = storage.read_json(path)
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
+    try:
+        return RunningState(**content)
+    except TypeError as error:
+        raise DataError(f"{path}: not a running state ({error})") from None
 
 
 def restore(checkpoint: Path, optimizer: Any, layout: Layout) -> None:
-    """Restores this process's optimizer and random states, bit for bit."""
-    load_optimizer_state(optimizer, _rank_file(checkpoint / "optimizer", layout.optimizer_owner))
-    _load_random_states(_rank_file(checkpoint / "rng", dist.get_rank()))
+    """Restores this process's optimizer and random states, bit for bit.
+
+    Raises:
+        DataError: a file is missing, or belongs to another layout or model.
+    """
+    optimizer_file = _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
+    random_file = _rank_file(checkpoint / "rng", dist.get_rank())
+    for path in (optimizer_file, random_file):
+        if not path.is_file():
+            raise DataError(f"{path}: missing; resume from another checkpoint")
+    load_optimizer_state(optimizer, optimizer_file)
+    _load_random_states(random_file)
 
 
 def _rank_file(directory: Path, rank: int) -> Path:
@@ -120,7 +141,9 @@ def _save_random_states(path: Path) -> None:
         "numpy_keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
         "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
         "python": torch.tensor(internal, dtype=torch.int64),
-        "python_gauss": torch.tensor([] if gauss_next is None else [gauss_next]),
+        "python_gauss": torch.tensor(
+            [] if gauss_next is None else [gauss_next], dtype=torch.float64
+        ),
     }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()

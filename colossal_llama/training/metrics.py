@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from colossal_llama import storage
+
 
 @dataclass(frozen=True)
 class StepMetrics:
@@ -75,7 +77,8 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines()
     kept = [line for line in lines if _step_of(line) < first_step]
-    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with storage.atomic_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def _step_of(line: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +24,6 @@ class NoisyEmbeddings:
 
     def __init__(self, model: Any, alpha: float, seed: int) -> None:
         self.alpha, self.seed = alpha, seed
-        self._generator = torch.Generator()
         self._next_sample = 0
         self._lengths: list[int] = []
         model.register_forward_pre_hook(self._remember_lengths, with_kwargs=True)
@@ -47,7 +47,8 @@ class NoisyEmbeddings:
 
     def row_noise(self, sample: int, length: int, width: int) -> torch.Tensor:
         """Noise for a row of ``length`` tokens, float32 [length, width]."""
-        # Drawn on the CPU, so that every device gets the same numbers.
-        self._generator.manual_seed((self.seed * 2**40 + sample) % 2**63)
-        uniform = torch.rand(length, width, generator=self._generator) * 2 - 1
-        return uniform * (self.alpha / (length * width) ** 0.5)
+        # Drawn on the CPU, so that every device gets the same numbers, and by numpy's Philox,
+        # whose key is seed and sample: torch's generator looks at 32 bits of its seed.
+        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, int(sample)]))
+        uniform = generator.random((length, width), dtype=np.float32) * 2 - 1
+        return torch.from_numpy(uniform) * (self.alpha / (length * width) ** 0.5)
