@@ -206,24 +206,25 @@ def summary(manifest: Manifest, output: Path) -> str:
     """The table that a command prints at the end."""
     lines = [
         f"{'category':<16}{'documents':>12}{'tokens':>14}{'loss tokens':>14}"
-        f"{'rows':>10}{'padding':>10}"
+        f"{'rows':>10}{'tokens/row':>12}"
     ]
     total = CategoryCount()
     for name, count in manifest.categories.items():
-        lines.append(_table_row(name, count, manifest.max_length))
+        lines.append(_table_row(name, count))
         for field in vars(total):
             setattr(total, field, getattr(total, field) + getattr(count, field))
-    lines.append(_table_row("total", total, manifest.max_length))
+    lines.append(_table_row("total", total))
     if total.tokens_without_loss:
         lines.append(f"{total.tokens_without_loss} tokens are in rows without loss: not written")
     if manifest.rejected.get("too_long"):
         lines.append(
-            f"{manifest.rejected['too_long']} conversations left out: their first exchange is "
-            f"longer than --max_length {manifest.max_length}"
+            f"{_count_of('conversation', manifest.rejected['too_long'])} left out: not even the "
+            f"first exchange fits into --max_length {manifest.max_length}"
         )
     if manifest.shortened:
-        lines.append(f"{manifest.shortened} conversations shortened to --max_length")
-    lines.append(f"{len(manifest.parts)} parts in {output}")
+        shortened = _count_of("conversation", manifest.shortened)
+        lines.append(f"{shortened} shortened to --max_length {manifest.max_length}")
+    lines.append(f"{_count_of('part', len(manifest.parts))} in {output}")
     return "\n".join(lines)
 
 
@@ -272,8 +273,13 @@ def _padding_share(counts: Iterable[CategoryCount], max_length: int) -> float:
     return round(1 - tokens / room, 6) if room else 0.0
 
 
-def _table_row(name: str, count: CategoryCount, max_length: int) -> str:
+def _table_row(name: str, count: CategoryCount) -> str:
+    written = count.tokens - count.tokens_without_loss
     return (
         f"{name:<16}{count.documents:>12,}{count.tokens:>14,}{count.loss_tokens:>14,}"
-        f"{count.rows:>10,}{_padding_share([count], max_length):>10.1%}"
+        f"{count.rows:>10,}{written / max(count.rows, 1):>12,.1f}"
     )
+
+
+def _count_of(noun: str, count: int) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"

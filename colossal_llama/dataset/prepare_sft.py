@@ -19,6 +19,7 @@ from colossal_llama.dataset.manifest import tokenizer_identity
 from colossal_llama.dataset.packing import one_row_each
 from colossal_llama.dataset.records import SftRecord, input_files, sft_records
 from colossal_llama.dataset.spool import Document
+from colossal_llama.errors import DataError
 
 
 @dataclass
@@ -67,11 +68,15 @@ def tokenize_conversations(
 
     Counts in ``cuts`` the conversations that were "shortened" and those left out because not
     even their first exchange fits ("too_long").
+
+    Raises:
+        DataError: none fits.
     """
     import numpy as np
 
     from colossal_llama.dataset.chat_format import encode_conversation
 
+    fitting = 0
     for record in records:
         ids, loss = encode_conversation(tokenizer, record.messages)
         if len(ids) > max_length:
@@ -80,8 +85,14 @@ def tokenize_conversations(
             if not kept:
                 continue
             ids, loss = encode_conversation(tokenizer, record.messages[:kept])
+        fitting += 1
         yield Document(
             record.category, np.array(ids, dtype=np.int32), np.array(loss, dtype=np.bool_)
+        )
+    if cuts["too_long"] and not fitting:
+        raise DataError(
+            f"conversations in the input: {cuts['too_long']}, all left out: not even the first "
+            f"exchange of any fits into --max_length {max_length}; raise it"
         )
 
 

@@ -169,7 +169,7 @@ def test_four_documents_make_any_number_of_parts(
     sizes = [len(datasets.load_from_disk(str(output / part))) for part in parts]
     assert sum(size > 0 for size in sizes) == min(num_bins, 4)
     assert len(open_parts([output], tokenizer_dir, 256)) == sum(sizes)
-    assert f"{num_bins} parts in" in capsys.readouterr().out
+    assert f"{num_bins} part{'s' if num_bins > 1 else ''} in" in capsys.readouterr().out
 
 
 def test_rows_without_loss_are_counted_not_written(tmp_path, tokenizer_dir, write_lines):

@@ -22,6 +22,7 @@ from colossal_llama.dataset.prepare_sft import (
     whole_exchanges,
 )
 from colossal_llama.dataset.records import SftRecord
+from colossal_llama.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,13 +83,15 @@ def test_long_conversations_keep_the_exchanges_that_fit(tokenizer, english, max_
     best = max((end for end in ends if length(end) <= max_length), default=0)
     assert whole_exchanges(tokenizer, messages, max_length) == best
     cuts: Counter[str] = Counter()
-    rows = list(tokenize_conversations(tokenizer, [SftRecord(messages, "c")], max_length, cuts))
-    if length(len(messages)) <= max_length:
-        assert not cuts
-        assert len(rows[0].input_ids) == length(len(messages))
-    else:
-        assert cuts == {"shortened" if best else "too_long": 1}
-        assert [len(row.input_ids) for row in rows] == ([length(best)] if best else [])
+    documents = tokenize_conversations(tokenizer, [SftRecord(messages, "c")], max_length, cuts)
+    if not best:
+        with pytest.raises(DataError, match=f"--max_length {max_length}"):
+            list(documents)
+        return
+    (row,) = documents
+    whole = length(len(messages)) <= max_length
+    assert cuts == ({} if whole else {"shortened": 1})
+    assert len(row.input_ids) == length(len(messages) if whole else best)
 
 
 def test_what_is_left_out_is_said(tmp_path, tokenizer_dir, write_lines, capsys):
@@ -102,14 +105,14 @@ def test_what_is_left_out_is_said(tmp_path, tokenizer_dir, write_lines, capsys):
     first, second = datasets.load_from_disk(str(tmp_path / "out" / "part-00000"))
     assert first["input_ids"] == second["input_ids"]
     printed = capsys.readouterr().out
-    assert "1 conversations left out" in printed
-    assert "1 conversations shortened" in printed
+    assert "1 conversation left out" in printed
+    assert "1 conversation shortened" in printed
 
 
 def test_all_too_long_is_an_error(tmp_path, tokenizer_dir, write_lines, capsys):
     data = write_lines([{"messages": talk("Hi", "Hello")}])
     assert prepare(data, tokenizer_dir, tmp_path / "out", max_length=10) == 2
-    assert "no document that could be kept" in capsys.readouterr().err
+    assert "exchange of any fits into --max_length 10; raise it" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
