@@ -48,7 +48,8 @@ class NoisyEmbeddings:
     def row_noise(self, sample: int, length: int, width: int) -> torch.Tensor:
         """Noise for a row of ``length`` tokens, float32 [length, width]."""
         # Drawn on the CPU, so that every device gets the same numbers, and by numpy's Philox,
-        # whose key is seed and sample: torch's generator looks at 32 bits of its seed.
-        generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, int(sample)]))
+        # whose key has room for seed and sample: torch's generator looks at 32 bits of its seed.
+        key = (self.seed % 2**64) << 64 | int(sample)
+        generator = np.random.Generator(np.random.Philox(key=key))
         uniform = generator.random((length, width), dtype=np.float32) * 2 - 1
         return torch.from_numpy(uniform) * (self.alpha / (length * width) ** 0.5)

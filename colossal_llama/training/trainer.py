@@ -143,7 +143,9 @@ class Trainer:
                 batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 count = _loss_tokens(batch)
                 loss = self.model(**batch, use_cache=False).loss
-                total.add_(loss.detach() * count)
+                # Not in place: Gemini's losses are ColoTensors, which leave the other operand of
+                # an in-place operation as it was.
+                total = total + loss.detach() * count
                 self.booster.backward(loss * (count * per_token), self.optimizer)
         (summed,) = self._sum_over_ranks([float(total)], self.layout.reports_loss)
         return summed / max(1.0, loss_tokens)

@@ -97,7 +97,8 @@ def test_ranks_that_divide_a_step_add_the_noise_of_one_process() -> None:
 def test_samples_and_seeds_differ_and_repeat() -> None:
     first = noise_of([batch([1, 3])])
     assert not same(first[:1], first[1:]), "two samples of one length have the same noise"
-    assert not same(first, noise_of([batch([1, 3])], seed=2))
+    for seed in (2, -1, 1 + 2**32, 1 + 2**63):
+        assert not same(first, noise_of([batch([1, 3])], seed=seed)), seed
     assert not same(first, noise_of([batch([1, 3])], first=2))
     assert same(first, noise_of([batch([1, 3])]))
 
