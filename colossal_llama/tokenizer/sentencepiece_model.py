@@ -68,8 +68,9 @@ def _check_kind(path: Path, model: Any) -> None:
 
 def processor(model: Any, *, dummy_prefix: bool | None = None) -> SentencePieceProcessor:
     """A SentencePieceProcessor of ``model``, with its ``add_dummy_prefix`` overridden if given."""
-    from sentencepiece import SentencePieceProcessor
+    from sentencepiece import SentencePieceProcessor, set_min_log_level
 
+    set_min_log_level(2)  # its warnings on old pieces (InternLM has a NUL) are nobody's to mend
     if dummy_prefix is not None:
         copy = type(model)()
         copy.CopyFrom(model)

@@ -296,6 +296,7 @@ def test_presets_make_a_model_for_the_tokenizer(
     assert model.config.vocab_size == len(tokenizer)
     assert (model.config.bos_token_id, model.config.eos_token_id) == (1, 2)
     assert (tmp_path / "a" / "generation_config.json").is_file()
+    assert len({path.stat().st_mode for path in (tmp_path / "a").iterdir()}) == 1
 
 
 def test_the_seed_decides_the_weights(old_tokenizer: Path, tmp_path: Path) -> None:

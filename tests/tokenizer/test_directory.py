@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +116,15 @@ def test_other_kinds_are_refused(
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match=complaint):
         directory.read_tokenizer(tmp_path)
+
+
+def test_an_old_oddity_is_no_warning(small: Path, tmp_path: Path) -> None:
+    """InternLM has a piece of one NUL, which SentencePiece mentions on every loading."""
+    code = (
+        "from pathlib import Path; from colossal_llama.tokenizer import sentencepiece_model as s;"
+        f"model = s.read_model(Path({str(small / 'tokenizer.model')!r}));"
+        "print(s.processor(s.append_pieces(model, ['\\0'])).vocab_size())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 701
+    assert done.stderr == ""
