@@ -45,11 +45,11 @@ class Size:
 SIZES = {
     "full": Size(
         zh_bytes=1_800_000,
-        en_bytes=900_000,
-        code_bytes=500_000,
-        replay_bytes=200_000,
+        en_bytes=1_100_000,
+        code_bytes=700_000,
+        replay_bytes=300_000,
         base_vocabulary=3500,
-        zh_vocabulary=8000,
+        zh_vocabulary=5000,
         conversations=600,
         base_epochs=1,
         parts=5,
@@ -195,7 +195,7 @@ def _adaptation(out: str, size: Size) -> list[Stage]:
             "stage-b",
             "stage B: train everything",
             f"--pretrained {out}/init --load_checkpoint {model_paths(out)['stage-a']} "
-            f"--dataset {others} --micro_batch_size 4 --lr 2e-3 --plugin zero2",
+            f"--dataset {others} --micro_batch_size 4 --lr 2e-3 --warmup_steps 20 --plugin zero2",
         ),
         _evaluation(out, "stage-b"),
     ]

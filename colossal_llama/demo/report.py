@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def write_report(figures: dict[str, Any], out: Path) -> Path:
     write_json(out / "report.json", figures)
     # Autoescape: what a model generates is not to become part of the page.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters.update(duration=_duration, size=_size)
+    environment.filters.update(duration=_duration, size=_size, one_line=_one_line)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     html = template.render(
         **figures,
@@ -50,6 +51,8 @@ def write_report(figures: dict[str, Any], out: Path) -> Path:
 def loss_plot(curves: dict[str, list[dict[str, float]]]) -> bytes:
     """A PNG with one panel per trained stage: loss per token, in nats, over tokens seen.
 
+    Thin: every step; bold: a running mean.
+
     The panels have scales of their own: vocabularies and texts differ between stages, so their
     losses per token cannot be compared.
     """
@@ -61,7 +64,9 @@ def loss_plot(curves: dict[str, list[dict[str, float]]]) -> bytes:
     figure, axes = pyplot.subplots(1, len(curves), figsize=(12, 3), dpi=150, squeeze=False)
     for axis, colour, (name, steps) in zip(axes[0], _COLOURS, curves.items(), strict=True):
         tokens = [step["tokens"] / 1000 for step in steps]
-        axis.plot(tokens, [step["loss"] for step in steps], color=colour, linewidth=1.4)
+        losses = [step["loss"] for step in steps]
+        axis.plot(tokens, losses, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(tokens, smooth(losses), color=colour, linewidth=1.8)
         axis.set_title(TRAINED[name], fontsize=10)
         axis.set_xlabel("thousand tokens", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -74,6 +79,13 @@ def loss_plot(curves: dict[str, list[dict[str, float]]]) -> bytes:
     figure.savefig(stream, format="png", metadata={"Software": None})
     pyplot.close(figure)
     return stream.getvalue()
+
+
+def smooth(values: list[float]) -> list[float]:
+    """The mean of each value and its neighbours, over a tenth of them in all."""
+    reach = len(values) // 20
+    windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
 
 
 def largest_bits(figures: dict[str, Any]) -> float:
@@ -112,6 +124,10 @@ def summary(figures: dict[str, Any]) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s*\n\s*", " ⏎ ", text.strip()) or "(nothing)"
 
 
 def _size(count: float) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.command import option, run
+from colossal_llama.demo import conversations
 from colossal_llama.inference.generate import GenerateOptions, continuation
 from colossal_llama.inference.loading import load_model_and_tokenizer
 from colossal_llama.storage import write_json
 
 PROMPTS = {
-    "zh": ("中国经济的发展", "记者昨天从北京"),
-    "en": ("This function returns", "The value of the"),
+    "zh": ("中国经济的发展", "昨天，记者在北京"),
+    "en": ("This function returns", "If the value of the argument"),
 }
 
 
@@ -28,35 +29,31 @@ class SampleOptions:
     model_paths: list[Path] = option(help="model directories, comma-separated", comma=True)
     output: Path = option(help="the JSON file to write")
     max_new_tokens: int = option(48, help="tokens per prompt")
-    temperature: float = option(0.3, help="as of the inference command")
+    temperature: float = option(0.7, help="as of the inference command")
     seed: int = option(42, help="of the random draw")
 
 
 def write_samples(options: SampleOptions) -> None:
-    """Writes a list of model_path, language, format (text or chat), prompt and text."""
+    """Writes a list of model_path, language, prompt, asked (what the model was given), text."""
     samples: list[dict[str, Any]] = []
     for path in options.model_paths:
         model, tokenizer = load_model_and_tokenizer(path, "cpu")
+        chat = bool(tokenizer.chat_template)
         for language, prompts in PROMPTS.items():
             for prompt in prompts:
+                # A chat model is asked in the words that it was fine-tuned with.
+                asked = conversations.PROMPTS[language][0].format(prompt) if chat else prompt
                 settings = GenerateOptions(
                     model_path=path,
-                    input_txt=prompt,
+                    input_txt=asked,
                     max_new_tokens=options.max_new_tokens,
                     temperature=options.temperature,
                     seed=options.seed,
                 )
                 text = continuation(model, tokenizer, settings)
-                samples.append(
-                    {
-                        "model_path": str(path),
-                        "language": language,
-                        "format": "chat" if tokenizer.chat_template else "text",
-                        "prompt": prompt,
-                        "text": text,
-                    }
-                )
-                print(f"{path}\n  {prompt!r}: {text!r}")
+                sample = {"model_path": str(path), "language": language, "prompt": prompt}
+                samples.append({**sample, "asked": asked, "text": text})
+                print(f"{path}\n  {asked!r}: {text!r}")
     write_json(options.output, samples)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from colossal_llama.demo.figures import environment, marks
 from colossal_llama.demo.plan import MODELS, TRAINED
-from colossal_llama.demo.report import CATEGORIES, summary, write_report
+from colossal_llama.demo.report import CATEGORIES, smooth, summary, write_report
 from colossal_llama.demo.samples import PROMPTS
 
 pytest.importorskip("matplotlib")
@@ -56,8 +56,8 @@ def fabricate() -> dict[str, Any]:
                 "model": model,
                 "model_path": f"demo/{model}",
                 "language": language,
-                "format": "chat" if model == "sft" else "text",
                 "prompt": prompt,
+                "asked": f"Continue: {prompt}" if model == "sft" else prompt,
                 "text": f"{model} says {EVIL}",
             }
             for model in MODELS
@@ -86,7 +86,7 @@ def fabricate() -> dict[str, Any]:
 class Page(html.parser.HTMLParser):
     """The text of a page, its tags, and whether they nest."""
 
-    VOID = frozenset({"meta", "img"})
+    VOID = frozenset({"meta", "img", "br"})
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def test_every_figure_is_on_the_page(figures: dict[str, Any], page: Page) -> Non
         assert mark["name"] in page.text
         assert mark["value"] in page.text
     for sample in figures["samples"]:
-        assert sample["prompt"] in page.text
+        assert sample["asked"] in page.text
         assert sample["text"] in page.text
     for name, value in figures["environment"].items():
         assert name in page.text
@@ -173,6 +173,13 @@ def test_the_terminal_shows_the_same_numbers(figures: dict[str, Any]) -> None:
         rows = list(model["categories"].values())
         assert numbers[0::2] == pytest.approx([row["bytes_per_token"] for row in rows], abs=0.006)
         assert numbers[1::2] == pytest.approx([row["bits_per_byte"] for row in rows], abs=6e-4)
+
+
+def test_smoothing_keeps_a_straight_line_and_the_length() -> None:
+    assert smooth([2.0] * 50) == pytest.approx([2.0] * 50)
+    line = [float(value) for value in range(101)]
+    assert smooth(line)[10:-10] == pytest.approx(line[10:-10])
+    assert smooth([1.0, 5.0]) == [1.0, 5.0]
 
 
 GOOD = {
