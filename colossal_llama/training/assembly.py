@@ -11,6 +11,7 @@ import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
 from colossalai.booster import Booster
 from colossalai.nn.optimizer import HybridAdam
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
@@ -136,7 +137,7 @@ def load_model(options: TrainOptions, vocabulary: int) -> Any:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"{directory}: cannot load the model: {_first_line(error)}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
         lacking = [*report["missing_keys"], *report["mismatched_keys"]]

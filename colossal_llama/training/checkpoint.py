@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from colossal_llama import storage
@@ -119,13 +120,22 @@ def restore(checkpoint: Path, optimizer: Any, layout: Layout) -> None:
     Raises:
         DataError: a file is missing, or belongs to another layout or model.
     """
+    mistake = None
     optimizer_file = _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
     random_file = _rank_file(checkpoint / "rng", dist.get_rank())
-    for path in (optimizer_file, random_file):
-        if not path.is_file():
-            raise DataError(f"{path}: missing; resume from another checkpoint")
-    load_optimizer_state(optimizer, optimizer_file)
-    _load_random_states(random_file)
+    try:
+        load_optimizer_state(optimizer, optimizer_file)
+        _load_random_states(random_file)
+    except DataError as error:
+        mistake = str(error)
+    except (OSError, SafetensorError) as error:
+        mistake = f"{checkpoint}: rank {dist.get_rank()}'s state is missing or damaged: {error}"
+    # Raised by all processes: the first of a machine is the one that speaks, and each has files
+    # of its own.
+    mistakes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(mistakes, mistake)
+    for mistake in filter(None, mistakes):
+        raise DataError(mistake)
 
 
 def _rank_file(directory: Path, rank: int) -> Path:

@@ -138,9 +138,9 @@ EXPECTED = {
     "no-tokenizer": ("no-tokenizer", "tokenizer"),
     "bad-config": ("config.json", "not JSON"),
     "other-data": ("epoch-", "other data", "modeling"),
-    "no-optimizer": ("rank-00000.safetensors", "missing"),
+    "no-optimizer": ("epoch-", "rank 0", "missing"),
     "no-weights-saved": ("modeling", "cannot load the model"),
-    "cut-optimizer": ("rank-00000.safetensors",),
+    "cut-optimizer": ("epoch-", "rank 0", "damaged"),
     "version": ("running_states.json", "99"),
     "occupied": ("--save_dir", "another run", "--overwrite"),
 }

@@ -16,7 +16,6 @@ from torch import nn
 
 from colossal_llama import storage
 from colossal_llama.errors import DataError
-from colossal_llama.training import checkpoint
 from colossal_llama.training.checkpoint import (
     RunningState,
     read_running_state,
@@ -219,9 +218,14 @@ def test_unreadable_running_state_is_the_users_to_mend(tmp_path: Path, text: str
         read_running_state(tmp_path)
 
 
-def test_missing_rank_file_is_the_users_to_mend(tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["optimizer", "rng"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_damaged_rank_file_is_the_users_to_mend(tmp_path: Path, folder: str, missing: bool) -> None:
     directory = save(tmp_path)
-    for folder in ("rng", "optimizer"):
-        checkpoint._rank_file(directory / folder, 0).unlink()
-        with pytest.raises(DataError, match="rank-00000"):
-            restore(directory, Optimizer(nn.Linear(3, 2)), LAYOUT)
+    path = directory / folder / "rank-00000.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    if not missing:
+        path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=f"{directory}: rank 0's state is missing or damaged"):
+        restore(directory, Optimizer(nn.Linear(3, 2)), LAYOUT)
