@@ -120,12 +120,22 @@ def _check_same_pieces(directory: Path, model: Any, fast: dict[str, Any]) -> Non
 
 def _check_same_ids(directory: Path, model: Any, fast: dict[str, Any]) -> None:
     slow, quick = sentencepiece_model.processor(model), fast_tokenizer.load(fast)
-    for text in _PROBES:
-        if slow.encode(text) != quick.encode(text, add_special_tokens=False).ids:
+    tied = sentencepiece_model.tied_pieces(model)
+    texts = [*_PROBES, *("".join(tied[at : at + 20]) for at in range(0, len(tied), 20))]
+    encodings = quick.encode_batch(texts, add_special_tokens=False)
+    for text, encoding in zip(texts, encodings, strict=True):
+        if slow.encode(text) == encoding.ids:
+            continue
+        if (directory / "tokenizer.json").is_file():
             raise DataError(
                 f"{directory}: tokenizer.model and tokenizer.json give different ids for {text!r}; "
                 "delete tokenizer.json and it will be made from tokenizer.model"
             )
+        raise DataError(
+            f"{directory}: {len(tied)} pieces of tokenizer.model share their score with others, so "
+            f"that no fast tokenizer can give the same ids (not for {text!r}); go back to the "
+            "tokenizer that it was made from and extend that one with its new pieces"
+        )
 
 
 def write_tokenizer(

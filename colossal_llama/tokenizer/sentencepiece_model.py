@@ -8,6 +8,7 @@ Field meanings: sentencepiece_model.proto of google/sentencepiece.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,9 @@ def read_model(path: Path) -> Any:
             Llama tokenizer cannot be (Unigram; a normaliser that rewrites the text).
     """
     from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
+    from sentencepiece import sentencepiece_model_pb2, set_min_log_level
 
+    set_min_log_level(2)  # its warnings on old pieces (InternLM has a NUL) are nobody's to mend
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         model.ParseFromString(path.read_bytes())
@@ -68,9 +70,8 @@ def _check_kind(path: Path, model: Any) -> None:
 
 def processor(model: Any, *, dummy_prefix: bool | None = None) -> SentencePieceProcessor:
     """A SentencePieceProcessor of ``model``, with its ``add_dummy_prefix`` overridden if given."""
-    from sentencepiece import SentencePieceProcessor, set_min_log_level
+    from sentencepiece import SentencePieceProcessor
 
-    set_min_log_level(2)  # its warnings on old pieces (InternLM has a NUL) are nobody's to mend
     if dummy_prefix is not None:
         copy = type(model)()
         copy.CopyFrom(model)
@@ -82,6 +83,20 @@ def processor(model: Any, *, dummy_prefix: bool | None = None) -> SentencePieceP
 def normal_pieces(model: Any) -> dict[str, int]:
     """Piece -> id of the pieces that merging can produce; no control, byte or user symbols."""
     return {entry.piece: key for key, entry in enumerate(model.pieces) if entry.type == NORMAL}
+
+
+def tied_pieces(model: Any) -> list[str]:
+    """The merged pieces whose score another piece has too, in the order of their ids.
+
+    SentencePiece merges the leftmost of equals first, a fast tokenizer the one that its merge
+    list names first: where such pieces overlap in a text, the two may differ.
+    """
+    scores = Counter(entry.score for entry in model.pieces if entry.type == NORMAL)
+    return [
+        entry.piece
+        for entry in model.pieces
+        if entry.type == NORMAL and len(entry.piece) > 1 and scores[entry.score] > 1
+    ]
 
 
 def append_pieces(model: Any, pieces: Sequence[str]) -> Any:

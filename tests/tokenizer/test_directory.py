@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -116,6 +117,19 @@ def test_other_kinds_are_refused(
     (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match=complaint):
         directory.read_tokenizer(tmp_path)
+
+
+def test_pieces_of_one_score_are_refused(small: Path, tmp_path: Path) -> None:
+    """Defects 5 and 20: no list of merges does what SentencePiece does with equal scores."""
+    source = _without_fast_half(small, tmp_path / "in")
+    model = read_model(source / "tokenizer.model")
+    present = {entry.piece for entry in model.pieces}
+    for pair in itertools.product("abcdefgh", repeat=2):
+        if "".join(pair) not in present:
+            model.pieces.add(piece="".join(pair), score=0.0, type=1)
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    with pytest.raises(DataError, match=r"share their score.*extend that one"):
+        directory.read_tokenizer(source)
 
 
 def test_an_old_oddity_is_no_warning(small: Path, tmp_path: Path) -> None:
