@@ -30,7 +30,7 @@ class SampleOptions:
     output: Path = option(help="the JSON file to write")
     max_new_tokens: int = option(48, help="tokens per prompt")
     temperature: float = option(0.7, help="as of the inference command")
-    seed: int = option(42, help="of the random draw")
+    seed: int = option(42, help="of the random draw; counted up from prompt to prompt")
 
 
 def write_samples(options: SampleOptions) -> None:
@@ -40,7 +40,7 @@ def write_samples(options: SampleOptions) -> None:
         model, tokenizer = load_model_and_tokenizer(path, "cpu")
         chat = bool(tokenizer.chat_template)
         for language, prompts in PROMPTS.items():
-            for prompt in prompts:
+            for number, prompt in enumerate(prompts):
                 # A chat model is asked in the words that it was fine-tuned with.
                 asked = conversations.PROMPTS[language][0].format(prompt) if chat else prompt
                 settings = GenerateOptions(
@@ -48,7 +48,7 @@ def write_samples(options: SampleOptions) -> None:
                     input_txt=asked,
                     max_new_tokens=options.max_new_tokens,
                     temperature=options.temperature,
-                    seed=options.seed,
+                    seed=options.seed + number,
                 )
                 text = continuation(model, tokenizer, settings)
                 sample = {"model_path": str(path), "language": language, "prompt": prompt}
