@@ -168,6 +168,7 @@ def _from_preset(options: InitModelOptions, target: Path) -> str:
         config = AutoConfig.for_model(**fields)
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: {' '.join(str(error).split())}") from None
+    print("drawing random weights ...", file=sys.stderr, flush=True)
     torch.manual_seed(options.seed)
     # Drawn in float32 and then rounded, so that all dtypes start from the same numbers.
     model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
