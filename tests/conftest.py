@@ -23,6 +23,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from sentencepiece import SentencePieceTrainer
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizerFast
 
+    torch.set_num_threads(1)  # more only wait for each other on a model of this size
     path = tmp_path_factory.mktemp("tiny") / "model"
     text = tmp_path_factory.mktemp("tiny-text") / "text.txt"
     text.write_text(Path(__file__).read_text(encoding="utf-8"), encoding="utf-8")
