@@ -17,7 +17,8 @@ from pathlib import Path
 ROUNDS, STEPS = 3, 6
 PRESET = Path(__file__).parents[1] / "colossal_llama/model/presets/demo.json"
 
-STEP = """
+STEP = (
+    """
 import sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from colossal_llama.runtime.memory import keep_freed_memory
@@ -32,7 +33,9 @@ for _ in range(%d):
     started = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
     print(time.perf_counter() - started)
-""" % STEPS
+"""
+    % STEPS
+)
 
 
 def measure(mode: str) -> list[float]:

@@ -80,6 +80,8 @@ def _version(distribution: str) -> str | None:
 def _device() -> None:
     import torch
 
+    from colossal_llama.runtime.cpu import bf16_is_fast
+
     print()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -97,7 +99,8 @@ def _device() -> None:
         memory = psutil.virtual_memory().total / 2**30
         print(f"device          CPU, {os.cpu_count()} cores, {memory:.0f} GiB")
         print("NCCL            not used on a CPU (gloo is)")
-        print("precision       use --mixed_precision bf16: fp16 arithmetic on a CPU is very slow")
+        best = "bf16" if bf16_is_fast() else "fp32"
+        print(f"precision       --mixed_precision {best} is the fastest here; fp16 crawls on a CPU")
     print(f"nvcc            {_nvcc()}")
 
 

@@ -60,7 +60,11 @@ class TrainOptions:
         1.0, help="largest gradient norm; 0 does not clip", names=("--gradient_clipping",)
     )
     max_length: int = option(4096, help="longest row, in tokens, that the data may have")
-    mixed_precision: str = option("fp16", help="working dtype", choices=("fp16", "bf16"))
+    mixed_precision: str = option(
+        "fp16",
+        help="working dtype; fp32 is for CPUs without bf16 arithmetic, where the others crawl",
+        choices=("fp16", "bf16", "fp32"),
+    )
     use_grad_checkpoint: bool = option(
         False, help="recompute activations in the backward pass: less memory, about a third slower"
     )
@@ -113,6 +117,10 @@ class TrainOptions:
             found.append("--zero must be 0, 1 or 2")
         if self.pp > 1 and self.zero_stage == 2:
             found.append("--pp works with --zero 0 or 1: stage 2 would reduce every micro-batch")
+        if self.mixed_precision == "fp32" and self.plugin.startswith("gemini"):
+            found.append(f"--plugin {self.plugin} needs --mixed_precision fp16 or bf16")
+        if self.mixed_precision == "fp32" and self.plugin == "3d" and self._shares_optimizer():
+            found.append("--plugin 3d shards fp16 and bf16 only: with fp32 give --zero 0")
         if self.pp > 1 and self.sp > 1:
             found.append("--pp and --sp cannot be combined")
         if self.accumulation_steps is not None and self.accumulation_steps < self.pp:
@@ -137,6 +145,10 @@ class TrainOptions:
         if self.pp > layers:
             found.append(f"--pp {self.pp} is more than the model's {layers} layers")
         return found
+
+    def _shares_optimizer(self) -> bool:
+        """Whether there are ranks among which ZeRO would divide the optimizer."""
+        return self.zero_stage > 0 and world_size() > self.tp * self.pp
 
     def _path_problems(self) -> list[str]:
         found = []

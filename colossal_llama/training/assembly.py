@@ -35,7 +35,7 @@ from colossal_llama.training.plugins import Layout, build_layout, build_plugin
 from colossal_llama.training.schedule import CosineSchedule, default_warmup
 from colossal_llama.training.trainer import Trainer
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # AdamW's decay rates in Llama (Touvron et al. 2023, section 2.3).
 ADAM_BETAS = (0.9, 0.95)

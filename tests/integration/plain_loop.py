@@ -26,13 +26,14 @@ def train_plainly(
     batch_size: int,
     grad_clip: float,
     frozen: bool,
+    dtype: torch.dtype,
     noise_alpha: float | None,
     seed: int,
 ) -> list[Step]:
-    """A step for each of ``rates``: bf16 weights, fp32 masters, AdamW, one process."""
+    """A step for each of ``rates``: weights of ``dtype``, fp32 masters, AdamW, one process."""
     rows = open_parts([part], model_dir, 512)
     sampler = GlobalSampler(rows.rows_per_part, seed, batch_size)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=dtype)
     model.train()
     noise = NoisyEmbeddings(model, noise_alpha, seed) if noise_alpha else None
     trained = [
@@ -40,7 +41,7 @@ def train_plainly(
         for name, parameter in model.named_parameters()
         if not frozen or "embed_tokens" in name or "lm_head" in name
     ]
-    masters = [parameter.detach().float() for parameter in trained]
+    masters = [parameter.detach().float().clone() for parameter in trained]
     optimizer = torch.optim.AdamW(masters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     steps = []
     for number, rate in enumerate(rates):

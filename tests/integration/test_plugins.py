@@ -31,7 +31,7 @@ EACH_2, EACH_4 = "--micro_batch_size 2", "--micro_batch_size 4"
 TWICE_1 = "--micro_batch_size 1 --accumulation_steps 2"
 TWICE_2 = "--micro_batch_size 2 --accumulation_steps 2"
 TWICE_4 = "--micro_batch_size 4 --accumulation_steps 2"
-BF16 = "--mixed_precision bf16"
+BF16, FP32 = "--mixed_precision bf16", "--mixed_precision fp32"
 FROZEN = "--freeze_non_embeds_params"
 NEFT = "--use_neft"
 TABLE = [
@@ -43,6 +43,7 @@ TABLE = [
     Row("zero2", "sharded gradients", f"--plugin zero2 {BF16} {EACH_2}"),
     Row("zero2-twice", "accumulated gradients", f"--plugin zero2 {BF16} {TWICE_1}"),
     Row("zero2-frozen", "embeddings only", f"--plugin zero2 {BF16} {EACH_2} {FROZEN}"),
+    Row("zero2-fp32", "full precision", f"--plugin zero2 {FP32} {EACH_2}"),
     Row("zero2-fp16", "with a loss scale", f"--plugin zero2 {EACH_2}"),
     Row(
         "zero2-recompute", "checkpointing", f"--plugin zero2 {BF16} {EACH_2} --use_grad_checkpoint"
@@ -55,9 +56,11 @@ TABLE = [
     Row("3d-tp", "tensor parallel", f"--plugin 3d --tp 2 {BF16} {EACH_4}"),
     Row("3d-tp-frozen", "embeddings only", f"--plugin 3d --tp 2 {BF16} {EACH_4} {FROZEN}"),
     Row("3d-tp-fp16", "with a loss scale", f"--plugin 3d --tp 2 {EACH_4}"),
+    Row("3d-tp-fp32", "full precision", f"--plugin 3d --tp 2 {FP32} {EACH_4}"),
     Row("3d-tp-sft", "padded rows, noise", f"--plugin 3d --tp 2 {BF16} {TWICE_4} {NEFT}"),
     Row("3d-pp", "two stages", f"--plugin 3d --pp 2 {BF16} {TWICE_2}"),
     Row("3d-pp-frozen", "embeddings only", f"--plugin 3d --pp 2 {BF16} {TWICE_2} {FROZEN}"),
+    Row("3d-pp-fp32", "full precision", f"--plugin 3d --pp 2 {FP32} {TWICE_2}"),
     Row("3d-pp-sft", "padded rows, noise", f"--plugin 3d --pp 2 {BF16} {TWICE_4} {NEFT}"),
     Row("3d-sp", "sequence parallel", f"--plugin 3d --sp 2 {BF16} {EACH_4}"),
     Row("3d-sp-zero0", "without ZeRO", f"--plugin 3d --sp 2 --zero 0 {BF16} {EACH_4}"),
@@ -135,7 +138,9 @@ def test_resumed_run_equals_uninterrupted_one(runs: World, row: Row) -> None:
 
 
 @functools.cache
-def _plain(world: World, part: Path, rates: tuple[float, ...], *, frozen: bool) -> list[Step]:
+def _plain(
+    world: World, part: Path, rates: tuple[float, ...], *, frozen: bool, dtype: torch.dtype
+) -> list[Step]:
     sft = part.parent == world.sft
     return train_plainly(
         world.model,
@@ -144,6 +149,7 @@ def _plain(world: World, part: Path, rates: tuple[float, ...], *, frozen: bool) 
         batch_size=8 if sft else 4,
         grad_clip=GRAD_CLIP,
         frozen=frozen,
+        dtype=dtype,
         noise_alpha=5.0 if sft else None,
         seed=42,
     )
@@ -153,13 +159,15 @@ def _plain(world: World, part: Path, rates: tuple[float, ...], *, frozen: bool) 
 def test_agrees_with_plain_pytorch(runs: World, row: Row) -> None:
     found = _metrics(runs.out / row.name)
     rates = tuple(found[step]["learning_rate"] for step in sorted(found))
-    wanted = _plain(runs, _part(runs, row), rates, frozen=FROZEN in row.flags)
+    dtype = torch.float32 if FP32 in row.flags else torch.bfloat16
+    wanted = _plain(runs, _part(runs, row), rates, frozen=FROZEN in row.flags, dtype=dtype)
     assert max(step.grad_norm for step in wanted) > 2 * GRAD_CLIP, "clipping should bite"
     # The first step starts from equal weights; after it half precision drifts apart.
     assert found[1]["loss"] == pytest.approx(wanted[0].loss, rel=1e-3)
     assert found[1]["grad_norm"] == pytest.approx(wanted[0].grad_norm, rel=1e-2)
+    drift = 1e-5 if FP32 in row.flags else 1e-2
     for number, step in enumerate(wanted, 1):
-        assert found[number]["loss"] == pytest.approx(step.loss, rel=1e-2), number
+        assert found[number]["loss"] == pytest.approx(step.loss, rel=drift), number
 
 
 @by_name
