@@ -29,7 +29,7 @@ config = LlamaConfig.from_json_file(sys.argv[2])
 config.vocab_size = 8000
 model = LlamaForCausalLM(config).to(torch.bfloat16)
 ids = torch.randint(0, 8000, (8, 256))
-for _ in range(%d):
+for _ in range(int(sys.argv[3])):
     started = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
     print(time.perf_counter() - started)
@@ -40,7 +40,7 @@ for _ in range(%d):
 
 def measure(mode: str) -> list[float]:
     """Seconds of each step but the first, which warms up."""
-    command = [sys.executable, "-c", STEP, mode, str(PRESET)]
+    command = [sys.executable, "-c", STEP, mode, str(PRESET), str(STEPS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(line) for line in done.stdout.split()][1:]
 

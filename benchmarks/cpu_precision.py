@@ -30,7 +30,7 @@ config = LlamaConfig.from_json_file(sys.argv[2])
 config.vocab_size = 6000
 model = LlamaForCausalLM(config).to(getattr(torch, sys.argv[1]))
 ids = torch.randint(0, 6000, (4, 256))
-for _ in range(%d):
+for _ in range(int(sys.argv[3])):
     started = time.perf_counter()
     model(input_ids=ids, labels=ids).loss.backward()
     print(time.perf_counter() - started)
@@ -41,7 +41,7 @@ for _ in range(%d):
 
 def measure(dtype: str, environment: dict[str, str]) -> list[float]:
     """Seconds of each step but the first, which warms up."""
-    command = [sys.executable, "-c", STEP, dtype, str(PRESET)]
+    command = [sys.executable, "-c", STEP, dtype, str(PRESET), str(STEPS)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
     )

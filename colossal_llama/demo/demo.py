@@ -31,7 +31,8 @@ _OWNED = "demo.json"
 class DemoOptions:
     """Teaches a small Llama Chinese on this machine's own text, and reports what was gained.
 
-    Needs no GPU and no network. About six minutes on two CPU cores.
+    Runs on the CPU, even where there is a GPU, and needs no network. About five minutes on two
+    cores.
     """
 
     out: Path = option(Path("demo_out"), help="directory of everything the demo makes")

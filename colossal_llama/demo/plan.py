@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colossal_llama.demo.runner import Stage
+from colossal_llama.runtime.cpu import bf16_is_fast
 
 PROCESSES = 2
 MAX_LENGTH = 256
@@ -256,7 +257,8 @@ def _train(out: str, name: str, title: str, flags: str) -> Stage:
     # A free port instead of 29500, so that two demos can share a machine.
     launcher = f"colossalai run --nproc_per_node {PROCESSES} --extra_launch_args standalone"
     common = f"--save_dir {out}/{name} --save_interval 0 --max_length {MAX_LENGTH}"
-    command = f"{launcher} train.py {flags} {common} --mixed_precision bf16"
+    precision = "bf16" if bf16_is_fast() else "fp32"
+    command = f"{launcher} train.py {flags} {common} --mixed_precision {precision}"
     return _stage(name, title, command, f"{out}/{name}")
 
 

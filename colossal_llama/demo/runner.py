@@ -192,6 +192,8 @@ def child_environment() -> dict[str, str]:
     programs = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([programs, os.environ.get("PATH", os.defpath)])
     environment["PYTHONUNBUFFERED"] = "1"
+    # Two processes on two CPU cores, wherever it runs: one GPU could not serve both.
+    environment["CUDA_VISIBLE_DEVICES"] = "-1"
     return environment
 
 
