@@ -17,8 +17,7 @@ from pathlib import Path
 ROUNDS, STEPS = 3, 6
 PRESET = Path(__file__).parents[1] / "colossal_llama/model/presets/demo.json"
 
-STEP = (
-    """
+STEP = """
 import sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from colossal_llama.runtime.memory import keep_freed_memory
@@ -34,8 +33,6 @@ for _ in range(int(sys.argv[3])):
     model(input_ids=ids, labels=ids).loss.backward()
     print(time.perf_counter() - started)
 """
-    % STEPS
-)
 
 
 def measure(mode: str) -> list[float]:

@@ -19,8 +19,7 @@ ROUNDS, STEPS = 3, 5
 PRESET = Path(__file__).parents[1] / "colossal_llama/model/presets/demo.json"
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
-STEP = (
-    """
+STEP = """
 import sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from colossal_llama.runtime.memory import keep_freed_memory
@@ -35,8 +34,6 @@ for _ in range(int(sys.argv[3])):
     model(input_ids=ids, labels=ids).loss.backward()
     print(time.perf_counter() - started)
 """
-    % STEPS
-)
 
 
 def measure(dtype: str, environment: dict[str, str]) -> list[float]:
