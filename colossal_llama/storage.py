@@ -49,6 +49,7 @@ def refuse_existing(target: Path, *, overwrite: bool = False) -> None:
 
 def replace_directory(temporary: Path, target: Path) -> None:
     """Makes ``temporary`` durable and moves it to ``target``, replacing what was there."""
+    share_files(temporary)
     fsync_tree(temporary)
     if target.is_dir():
         # Two renames, because a directory cannot be renamed onto one that is not empty.
@@ -60,6 +61,18 @@ def replace_directory(temporary: Path, target: Path) -> None:
         target.unlink(missing_ok=True)
         temporary.rename(target)
     _fsync(target.parent)
+
+
+def share_files(directory: Path) -> None:
+    """Gives files that only their owner can read the permissions of any other new file.
+
+    safetensors writes through a temporary file, which is private by default.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 == 0o600:
+            path.chmod(0o666 & ~umask)
 
 
 @contextmanager

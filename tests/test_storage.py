@@ -87,6 +87,18 @@ def test_overwrite_replaces_a_file(tmp_path: Path) -> None:
     assert content(tmp_path / "out") == "new"
 
 
+def test_private_files_become_like_any_other(tmp_path: Path) -> None:
+    with storage.atomic_directory(tmp_path / "out") as target:
+        (target / "plain").write_text("")
+        (target / "private").write_text("")
+        (target / "private").chmod(0o600)
+        (target / "program").write_text("")
+        (target / "program").chmod(0o700)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes["private"] == modes["plain"]
+    assert modes["program"] == 0o700
+
+
 def test_empty_directory_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     fill(tmp_path / "out")

@@ -173,8 +173,6 @@ def _from_preset(options: InitModelOptions, target: Path) -> str:
     # Drawn in float32 and then rounded, so that all dtypes start from the same numbers.
     model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
     model.to(getattr(torch, options.dtype)).save_pretrained(target, safe_serialization=True)
-    for file in target.glob("*.safetensors"):  # safetensors lets only their owner read them
-        shutil.copymode(target / "config.json", file)
     return f"a new model of {model.num_parameters():,} parameters for {size} ids"
 
 

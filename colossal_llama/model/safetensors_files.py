@@ -91,8 +91,6 @@ def rewrite(
                 size_change += changed[key].nbytes - tensors[key].nbytes
                 tensors[key] = changed[key]
             save_file(tensors, target / name, metadata)
-            # safetensors makes files that only their owner can read.
-            shutil.copymode(weights.directory / name, target / name)
         else:
             shutil.copyfile(weights.directory / name, target / name)
         progress()
