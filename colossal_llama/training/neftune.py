@@ -7,9 +7,9 @@ and d the embedding's width. L is each row's own length here, not the padded one
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -39,17 +39,24 @@ class NoisyEmbeddings:
     def _add_noise(self, module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embedded
-        noise = torch.zeros(embedded.shape)
+        noise = torch.zeros_like(embedded)
         for row, length in enumerate(self._lengths):
-            noise[row, :length] = self.row_noise(self._next_sample + row, length, noise.shape[-1])
+            sample, width = self._next_sample + row, embedded.shape[-1]
+            noise[row, :length] = self.row_noise(sample, length, width, embedded.device)
         self._next_sample += len(self._lengths)
-        return embedded + noise.to(embedded)
+        return embedded + noise
 
-    def row_noise(self, sample: int, length: int, width: int) -> torch.Tensor:
-        """Noise for a row of ``length`` tokens, float32 [length, width]."""
-        # Drawn on the CPU, so that every device gets the same numbers, and by numpy's Philox,
-        # whose key has room for seed and sample: torch's generator looks at 32 bits of its seed.
-        key = (self.seed % 2**64) << 64 | int(sample)
-        generator = np.random.Generator(np.random.Philox(key=key))
-        uniform = generator.random((length, width), dtype=np.float32) * 2 - 1
-        return torch.from_numpy(uniform) * (self.alpha / (length * width) ** 0.5)
+    def row_noise(
+        self, sample: int, length: int, width: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Noise for a row of ``length`` tokens, float32 [length, width].
+
+        The numbers depend on the kind of device: drawing them where they are added spares a
+        transfer as large as the embeddings.
+        """
+        # A digest, because a CPU's generator looks at the low 32 bits of its seed only.
+        digest = hashlib.sha256(f"{self.seed} {sample}".encode()).digest()
+        generator = torch.Generator(device)
+        generator.manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+        uniform = torch.rand(length, width, generator=generator, device=device) * 2 - 1
+        return uniform * (self.alpha / (length * width) ** 0.5)
