@@ -28,8 +28,8 @@ types: .venv/developer  ## mypy
 unit: .venv/developer  ## pytest
 	$(BIN)/pytest -q --durations=10
 
-bench: .venv/user  ## run every benchmark; each prints a table
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+bench: .venv/user  ## the benchmarks that need no data; each prints a table
+	for script in benchmarks/cpu_*.py; do $(BIN)/python $$script || exit 1; done
 
 format: .venv/developer  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
