@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from colossal_llama import command, storage
 from colossal_llama.dataset.loader import GlobalSampler, open_parts
 from colossal_llama.dataset.manifest import Manifest
 from colossal_llama.errors import DataError
+from colossal_llama.runtime.cpu import bf16_is_fast
 from colossal_llama.runtime.rope import restore_rope_frequencies
 from colossal_llama.training.arguments import TrainOptions, is_checkpoint
 from colossal_llama.training.checkpoint import (
@@ -47,6 +49,7 @@ def build_trainer(options: TrainOptions) -> Trainer:
     Raises:
         DataError: data, tokenizer, model or checkpoint do not fit each other.
     """
+    warn_of_slow_precision(options.mixed_precision)
     rows = open_parts(options.dataset, options.pretrained, options.max_length)
     accumulation = accumulation_steps(options, rows.manifest)
     tokenizer = load_tokenizer(options, rows.manifest)
@@ -127,6 +130,8 @@ def load_model(options: TrainOptions, vocabulary: int) -> Any:
         DataError: the weights are incomplete, or of another vocabulary.
     """
     directory = weights_directory(options)
+    say(f"loading {directory}")
+    # One bar a process would be drawn over the others'.
     disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -238,12 +243,11 @@ def resume(options: TrainOptions, state: RunningState, optimizer: Any, layout: L
     saved = read_running_state(options.load_checkpoint)
     if saved.identity() == state.identity():
         restore(options.load_checkpoint, optimizer, layout)
-    elif dist.get_rank() == 0:
-        print(
+    else:
+        say(
             f"warning: {options.load_checkpoint} was written by {saved.identity()}, this is "
             f"{state.identity()}: weights (in half precision) and data position are carried "
-            "over, the optimizer's moments start anew",
-            flush=True,
+            "over, the optimizer's moments start anew"
         )
 
 
@@ -263,6 +267,21 @@ def open_metrics(
         schedule.total_steps,
         main,
     )
+
+
+def warn_of_slow_precision(precision: str) -> None:
+    """Says it before a user waits for a CPU that emulates its arithmetic."""
+    if torch.cuda.is_available():
+        return
+    best = "bf16" if bf16_is_fast() else "fp32"
+    if precision == "fp16" or (precision == "bf16" and best == "fp32"):
+        say(f"warning: {precision} is very slow on this CPU; --mixed_precision {best} is not")
+
+
+def say(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if dist.get_rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _first_line(error: Exception) -> str:

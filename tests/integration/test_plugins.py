@@ -99,7 +99,11 @@ def runs(world: World) -> World:
         ]
         for row in TABLE
     ]
-    train_group(resumed, out)
+    by_row = {row.name: row for row in TABLE}
+    other = _flags(world, by_row["3d-tp"], out / "zero2-as-3d-tp")
+    middle = str(_checkpoints(out / "zero2")[MIDDLE])
+    said = train_group([*resumed, [*other, "--load_checkpoint", middle]], out)
+    (out / "said").write_text(said, encoding="utf-8")
     return world
 
 
@@ -186,3 +190,14 @@ def test_checkpoint_loads_in_transformers(runs: World, row: Row) -> None:
     for name, tensor in model.state_dict().items():
         moved = not torch.equal(tensor, source.state_dict()[name])
         assert moved == (not frozen or "embed_tokens" in name or "lm_head" in name), name
+
+
+def test_another_layout_goes_on_with_the_same_weights_and_rows(runs: World) -> None:
+    wanted, found = _metrics(runs.out / "zero2"), _metrics(runs.out / "zero2-as-3d-tp")
+    assert found.keys() == {step for step in wanted if step > MIDDLE}
+    assert found[MIDDLE + 1]["loss"] == pytest.approx(wanted[MIDDLE + 1]["loss"], rel=2e-3)
+    for step in found:
+        assert found[step]["tokens"] == wanted[step]["tokens"]
+        assert found[step]["learning_rate"] == wanted[step]["learning_rate"]
+    said = (runs.out / "said").read_text(encoding="utf-8")
+    assert said.count("moments start anew") == 1
