@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -70,19 +71,16 @@ def build_trainer(options: TrainOptions) -> Trainer:
     if state.step:
         resume(options, state, optimizer, layout)
 
-    def save(current: RunningState) -> None:
-        directory = save_checkpoint(
-            options.save_dir,
-            current,
-            booster=booster,
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            tokenizer=tokenizer,
-            layout=layout,
-        )
-        metrics.say(f"saved {directory}")
-
+    save = functools.partial(
+        save_checkpoint,
+        options.save_dir,
+        booster=booster,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        tokenizer=tokenizer,
+        layout=layout,
+    )
     metrics = open_metrics(options, state, schedule)
     metrics.say(
         f"{options.plugin} on {dist.get_world_size()} processes: {len(rows):,} rows, "

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Trainer:
     state: RunningState
     metrics: MetricsWriter
     noise: NoisyEmbeddings | None
-    save: Callable[[RunningState], None]
+    save: Callable[[RunningState], Path]  # writes a checkpoint and returns its directory
     micro_batch_size: int
     num_epochs: int
     save_interval: int
@@ -55,7 +56,7 @@ class Trainer:
             if metrics.step == 1:
                 self.metrics.say(f"loss of the loaded weights (step 0): {metrics.loss:.4f}")
             if self._is_time_to_save(passed_epoch=self.state.epoch > epoch):
-                self.save(self.state)
+                self.metrics.say(f"saved {self.save(self.state)}")
 
     def train_step(self, step: int) -> StepMetrics:
         """One optimizer update over the global batch of ``step``."""
