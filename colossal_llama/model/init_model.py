@@ -14,9 +14,10 @@ from typing import Any
 
 from colossal_llama.command import option, run
 from colossal_llama.errors import DataError
+from colossal_llama.model import new_model
+from colossal_llama.model.new_model import PRESETS, preset_path
 from colossal_llama.storage import atomic_directory, read_json, refuse_existing, write_json
 
-_PRESETS = Path(__file__).resolve().parent / "presets"
 _INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -51,8 +52,8 @@ class InitModelOptions:
             path = getattr(self, name)
             if path is not None and path.resolve() == target:
                 found.append(f"--target_model_path must not be --{name}")
-        if self.preset is not None and not _preset_path(self.preset).is_file():
-            known = ", ".join(sorted(path.stem for path in _PRESETS.glob("*.json")))
+        if self.preset is not None and not preset_path(self.preset).is_file():
+            known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.json")))
             found.append(f"--preset {self.preset}: not a file, and not one of {known}")
         return found
 
@@ -70,7 +71,13 @@ def init_model(options: InitModelOptions) -> None:
                 options.source_model_and_tokenizer_path, options.target_tokenizer_path, target
             )
         else:
-            summary = _from_preset(options, target)
+            summary = new_model.write(
+                preset_path(str(options.preset)),
+                options.target_tokenizer_path,
+                target,
+                seed=options.seed,
+                dtype=options.dtype,
+            )
         _copy_tokenizer(options.target_tokenizer_path, target)
     print(f"{options.target_model_path}: {summary}")
 
@@ -136,48 +143,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise DataError(f"{path}: not a model's configuration: it has no vocab_size")
     return config
-
-
-def _from_preset(options: InitModelOptions, target: Path) -> str:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from colossal_llama.tokenizer.fingerprint import vocabulary_size
-
-    path = _preset_path(str(options.preset))
-    fields = read_json(path)
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise DataError(f"{path}: not a model's configuration: it has no model_type")
-    size = vocabulary_size(options.target_tokenizer_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(options.target_tokenizer_path), local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{options.target_tokenizer_path}: transformers cannot load this tokenizer: {reason}"
-        ) from None
-    fields |= {
-        "vocab_size": size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        config = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path}: {' '.join(str(error).split())}") from None
-    print("drawing random weights ...", file=sys.stderr, flush=True)
-    torch.manual_seed(options.seed)
-    # Drawn in float32 and then rounded, so that all dtypes start from the same numbers.
-    model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
-    model.to(getattr(torch, options.dtype)).save_pretrained(target, safe_serialization=True)
-    return f"a new model of {model.num_parameters():,} parameters for {size} ids"
-
-
-def _preset_path(name: str) -> Path:
-    return Path(name) if name.endswith(".json") else _PRESETS / f"{name}.json"
 
 
 def _write_generation_config(target: Path) -> None:
