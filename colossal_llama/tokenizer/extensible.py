@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+from colossal_llama.tokenizer.neighbours import Production
+
 
 class ExtensibleTokenizer(Protocol):
     """A BPE tokenizer as its files say it; immutable.
@@ -39,6 +41,9 @@ class ExtensibleTokenizer(Protocol):
     def reserved(self) -> set[str]:
         """Texts of tokens that are matched before merging, or never: nothing can contain them."""
 
+    def symbols(self) -> set[str]:
+        """Texts of the user-defined symbols among the reserved ones."""
+
     def problem_of(self, text: str) -> str | None:
         """Why no piece with this text can be added ("holds ...", "is ..."), or None."""
 
@@ -60,9 +65,15 @@ class ExtensibleTokenizer(Protocol):
         """What merging alone makes of each piece: no prefix, no pre-tokenizer, no whole-word
         look-up."""
 
-    def unreachable(self, pieces: Sequence[str]) -> list[str]:
-        """Of ``pieces``, those that the written files would not produce: alone, and between
+    def production(self, pieces: Sequence[str]) -> Production:
+        """Which of ``pieces`` the written files produce: as exactly one id alone, and between
         neutral neighbours in running text, in every half of the tokenizer."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, as a user gets them, without bos and eos."""
+
+    def disagreements(self, texts: Sequence[str]) -> list[str]:
+        """Of ``texts``, those that the halves of the tokenizer give different ids."""
 
     def write(self, target: Path, *, settings_from: Path | None) -> None:
         """Writes all files of the tokenizer into ``target``."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.errors import DataError
-from colossal_llama.tokenizer.sentencepiece_model import normal_pieces
+from colossal_llama.tokenizer import sentencepiece_model
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +63,57 @@ def with_pieces_of(fast: dict[str, Any], model: Any) -> dict[str, Any]:
     texts = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
     old = {merge: rank for rank, merge in enumerate(texts)}
     changed = {**fast["model"], "vocab": vocabulary, "merges": _merges(model, old)}
-    return {**fast, "model": changed}
+    return _with_symbols({**fast, "model": changed}, model)
+
+
+def _with_symbols(fast: dict[str, Any], model: Any) -> dict[str, Any]:
+    """``fast`` with the user-defined symbols of ``model`` as SentencePiece treats them.
+
+    SentencePiece cuts them out after normalising, so that the dummy prefix comes once, at the
+    start of the text. As added tokens, which is how transformers converts them, they would cut
+    before, and every part between two symbols would get a prefix. So a pre-tokenizer isolates
+    them, and ``ignore_merges`` looks each of them up whole.
+
+    That look-up would also find names that only stand for something (``<0x0A>``) where the part
+    between two symbols is just such a name: a second pre-tokenizer cuts these as merging does.
+    """
+    symbols = {e.piece for e in model.pieces if e.type == sentencepiece_model.USER_DEFINED}
+    if not symbols:
+        return fast
+    steps = [_isolate(_any_of(symbols))]
+    if names := _cuts_of_unreachable(model, symbols):
+        steps.append(_isolate("|".join(names)))
+    before = fast["pre_tokenizer"] or {"type": "Sequence", "pretokenizers": []}
+    others = before["pretokenizers"] if before["type"] == "Sequence" else [before]
+    steps = [step for step in others if step["type"] != "Split"] + steps
+    return {
+        **fast,
+        "added_tokens": [t for t in fast["added_tokens"] if t["content"] not in symbols],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "model": {**fast["model"], "ignore_merges": True},
+    }
+
+
+def _isolate(expression: str) -> dict[str, Any]:
+    pattern = {"Regex": expression}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def _any_of(texts: Iterable[str]) -> str:
+    """An expression for any of ``texts``; where several fit, the longest, as SentencePiece."""
+    return "|".join(map(re.escape, sorted(texts, key=lambda text: (-len(text), text))))
+
+
+def _cuts_of_unreachable(model: Any, symbols: set[str]) -> list[str]:
+    """For every piece that its own text does not give: an expression for the start of it."""
+    special = re.compile(_any_of(symbols))
+    names = [e.piece for e in model.pieces if e.piece and not special.search(e.piece)]
+    parts = sentencepiece_model.processor(model, dummy_prefix=False).encode(names, out_type=str)
+    return [
+        f"^{re.escape(first)}(?={re.escape(''.join(rest))}$)"
+        for name, (first, *rest) in zip(names, parts, strict=True)
+        if rest and "".join([first, *rest]) == name
+    ]
 
 
 def _names(fast: dict[str, Any], model: Any) -> list[str]:
@@ -80,7 +132,7 @@ def _merges(model: Any, old_ranks: dict[str, int]) -> list[str]:
     new ties are broken as transformers does, longer left half first, which on runs of spaces is
     SentencePiece's leftmost-first.
     """
-    pieces = normal_pieces(model)
+    pieces = sentencepiece_model.normal_pieces(model)
     ranked = []
     for piece, key in pieces.items():
         score = model.pieces[key].score
@@ -101,6 +153,9 @@ def load(fast: dict[str, Any]) -> Tokenizer:
 
 
 def load_bare(fast: dict[str, Any]) -> Tokenizer:
-    """Only the merging of ``fast``: no prefix, no special tokens, text in pieces' own spelling."""
+    """Only the merging of ``fast``: no prefix, no look-up of whole words, no special tokens, and
+    text in the pieces' own spelling.
+    """
     bare = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
-    return load({**fast, **bare, "added_tokens": []})
+    model = {**fast["model"], "ignore_merges": False}
+    return load({**fast, **bare, "model": model, "added_tokens": []})

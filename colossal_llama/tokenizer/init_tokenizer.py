@@ -10,104 +10,116 @@ produced, and the slow and the fast tokenizer give the same ids.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from colossal_llama.command import option, run
-from colossal_llama.errors import DataError
-from colossal_llama.storage import atomic_directory, refuse_existing, write_json
+from colossal_llama.storage import refuse_existing
 
 
 @dataclass
 class InitTokenizerOptions:
-    """Extend a SentencePiece BPE tokenizer (Llama 2, Mistral, InternLM) with new pieces."""
+    """Extend a BPE tokenizer with new pieces: SentencePiece (Llama 2, Mistral, InternLM) or
+    byte-level (Llama 3, Qwen, SmolLM2)."""
 
     source_tokenizer_dir: Path = option(help="directory of the tokenizer to extend")
     target_tokenizer_dir: Path = option(help="directory to write the extended tokenizer to")
-    expand_tokens_file: Path = option(
-        help='JSONL of {"piece": "你好"}, most important first; "▁" spells a space'
+    expand_tokens_file: Path | None = option(
+        None,
+        help='JSONL of {"piece": "你好"}, most important first; "▁" spells a space; with '
+        '"type": "user_defined" a symbol that is never cut and never merged',
+    )
+    required_chars: list[str] = option(
+        [],
+        help="comma-separated: level1, level2, level3 of the Table of General Standard Chinese "
+        "Characters, or text files; characters in them that are no pieces yet are added",
+        comma=True,
+    )
+    on_unreachable: str = option(
+        "repair",
+        help="what to do about a piece whose characters or steps are missing: add them, drop the "
+        "piece, or end with an error",
+        choices=("repair", "drop", "error"),
+    )
+    calibrate_from: Path | None = option(
+        None,
+        help="SentencePiece model, or directory of one, whose scores say where its pieces stand "
+        "among the old ones; without it new pieces are merged after all old ones",
+    )
+    calibration: str = option(
+        "mean",
+        help="which ratio of the scores of common pieces puts the other model's on our scale",
+        choices=("mean", "min", "max"),
+    )
+    pad_vocab_to_multiple_of: int = option(
+        1, help="add ids that stand for nothing until their number is a multiple of this"
     )
     sample_file: Path | None = option(
         None,
-        help=".jsonl or .txt file (or .gz of one) to report the compression on, before and after",
+        help=".jsonl or .txt file (or .gz of one) to compare old and new tokenizer on",
     )
     overwrite: bool = option(False, help="replace target_tokenizer_dir if it exists")
 
     def problems(self) -> list[str]:
+        found = []
         if self.source_tokenizer_dir.resolve() == self.target_tokenizer_dir.resolve():
-            return ["--target_tokenizer_dir must not be --source_tokenizer_dir"]
-        return []
+            found.append("--target_tokenizer_dir must not be --source_tokenizer_dir")
+        if self.expand_tokens_file is None and not self.required_chars:
+            found.append("nothing to add: give --expand_tokens_file or --required_chars, or both")
+        if self.pad_vocab_to_multiple_of < 1:
+            found.append("--pad_vocab_to_multiple_of must be positive")
+        return found
 
 
 def init_tokenizer(options: InitTokenizerOptions) -> None:
     """Writes the extended tokenizer and ``extension_report.json`` beside it.
 
     Raises:
-        DataError: the source is no SentencePiece BPE tokenizer, or the list of pieces cannot be
-            added to it.
+        DataError: the source is of a kind that cannot be extended, or the list of pieces cannot
+            be added to it.
     """
-    from colossal_llama.tokenizer import directory, extension
+    from colossal_llama.tokenizer import calibration, extension, extension_report, piece_list
+    from colossal_llama.tokenizer.charsets import required_characters
     from colossal_llama.tokenizer.corpus import documents, text_files
+    from colossal_llama.tokenizer.directory import read_tokenizer
 
     refuse_existing(options.target_tokenizer_dir, overwrite=options.overwrite)
     samples = text_files([options.sample_file]) if options.sample_file else []
-    source = directory.read_tokenizer(options.source_tokenizer_dir)
-    wanted = extension.read_pieces(options.expand_tokens_file, source)
-    extended = extension.extend(source, wanted.pieces)
-    report: dict[str, Any] = {
+    source = read_tokenizer(options.source_tokenizer_dir)
+    scores = None
+    if options.calibrate_from is not None:
+        scores = calibration.calibrate(source, options.calibrate_from, options.calibration)
+    wanted = piece_list.read_pieces(options.expand_tokens_file, source)
+    required = piece_list.new_characters(required_characters(options.required_chars), source)
+    extended = extension.extend(
+        source,
+        list(dict.fromkeys([*wanted.pieces, *required])),
+        scores=scores.scores if scores else None,
+        symbols=wanted.symbols,
+        multiple_of=options.pad_vocab_to_multiple_of,
+        on_unreachable=options.on_unreachable,
+    )
+    report = extension_report.describe(source, extended)
+    report |= {
         "pieces_asked_for": wanted.asked_for,
-        "pieces_added": len(wanted.pieces),
         "pieces_already_there": wanted.already_there,
         "pieces_duplicate": wanted.duplicates,
-        "characters_added": extended.characters,
-        "pieces_repaired": extended.repaired,
-        "pieces_unreachable": 0,  # anything else has ended the command by now
-        "size_before": source.size,
-        "size_after": len(extended.model.pieces),
+        "required_characters_added": [source.text(piece) for piece in required],
     }
+    if scores:
+        report["calibration"] = {
+            "from": str(options.calibrate_from),
+            "ratio": scores.ratio,
+            "ratio_is_the": options.calibration,
+            "pieces_known_to_both": scores.known,
+        }
     if samples:
-        texts = [text for path in samples for text in documents(path)]
-        report["bytes_per_token_before"] = bytes_per_token(source.fast, texts)
-        report["bytes_per_token_after"] = bytes_per_token(extended.fast, texts)
-    with atomic_directory(options.target_tokenizer_dir, overwrite=options.overwrite) as target:
-        directory.write_tokenizer(
-            target, extended.model, extended.fast, settings_from=options.source_tokenizer_dir
-        )
-        write_json(target / "extension_report.json", report)
-    print(_summary(options.target_tokenizer_dir, report))
-
-
-def bytes_per_token(fast: dict[str, Any], texts: Sequence[str]) -> float:
-    """UTF-8 bytes per token over ``texts``, special tokens not counted; higher is better.
-
-    Raises:
-        DataError: there is no text.
-    """
-    from colossal_llama.tokenizer.fast_tokenizer import load
-
-    encodings = load(fast).encode_batch(list(texts), add_special_tokens=False)
-    tokens = sum(len(encoding) for encoding in encodings)
-    if not tokens:
-        raise DataError("--sample_file holds no text")
-    return sum(len(text.encode("utf-8")) for text in texts) / tokens
-
-
-def _summary(target: Path, report: dict[str, Any]) -> str:
-    before, after = report["size_before"], report["size_after"]
-    lines = [
-        f"{target}: {before} -> {after} pieces: {report['pieces_added']} of "
-        f"{report['pieces_asked_for']} asked for ({report['pieces_already_there']} were there, "
-        f"{report['pieces_duplicate']} twice), {len(report['characters_added'])} characters and "
-        f"{len(report['pieces_repaired'])} missing steps besides; all can be produced"
-    ]
-    if "bytes_per_token_after" in report:
-        lines.append(
-            f"bytes per token: {report['bytes_per_token_before']:.2f} -> "
-            f"{report['bytes_per_token_after']:.2f}"
-        )
-    return "\n".join(lines)
+        texts = (text for path in samples for text in documents(path))
+        report["sample"] = extension_report.compare(source, extended, texts)
+    extension_report.write(
+        extended, report, options.target_tokenizer_dir, overwrite=options.overwrite
+    )
+    print(extension_report.summary(options.target_tokenizer_dir, report))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 # Tried in this order. Whatever stands beside a piece can be swallowed by a longer one ("，我" is
 # a piece of some vocabularies), so a piece counts as produced if one of these leaves it alone.
 NEIGHBOURS = (("，", "。"), ("\n", "\n"), ("(", ")"), ("x", "x"), ("文", "文"), ("0", "0"))
 
 Encode = Callable[[list[str]], Iterable[list[int]]]
+
+
+@dataclass(frozen=True)
+class Production:
+    """Which pieces a tokenizer produces."""
+
+    between: dict[str, int]  # neighbours, like "，X。" -> pieces found there and nowhere before
+    missing: list[str]  # pieces that it does not produce
 
 
 def produced_between(ids: Mapping[str, int], encode: Encode) -> tuple[dict[str, int], list[str]]:
@@ -24,14 +33,12 @@ def produced_between(ids: Mapping[str, int], encode: Encode) -> tuple[dict[str, 
     """
     left, counts = list(ids), dict[str, int]()
     for before, after in NEIGHBOURS:
-        # A neighbour has the same ids with and without the piece, or it is not neutral.
         (start, both) = encode([before, before + after])
-        end = both[len(start) :]
-        if both[: len(start)] != start or not left:
+        if both[: len(start)] != start or not left:  # the neighbours have joined each other
             continue
-        texts = [before + text + after for text in left]
-        found = zip(left, encode(texts), strict=True)
-        rest = [text for text, got in found if got != [*start, ids[text], *end]]
+        end = both[len(start) :]
+        found = encode([before + text + after for text in left])
+        rest = [t for t, got in zip(left, found, strict=True) if got != [*start, ids[t], *end]]
         counts[f"{before}X{after}"] = len(left) - len(rest)
         left = rest
     return counts, left

@@ -7,9 +7,8 @@ Field meanings: sentencepiece_model.proto of google/sentencepiece.
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,21 +18,32 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 # ModelProto.SentencePiece.Type
-NORMAL, USER_DEFINED = 1, 4
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 # TrainerSpec.ModelType
-_UNIGRAM, _BPE = 1, 2
-_KINDS = {_UNIGRAM: "Unigram", 3: "word", 4: "character"}
+UNIGRAM, BPE = 1, 2
+_KINDS = {UNIGRAM: "Unigram", 3: "word", 4: "character"}
 
 # How SentencePiece spells a space (U+2581).
 SPACE = "▁"
 
 
 def read_model(path: Path) -> Any:
-    """The ModelProto in ``path``.
+    """The ModelProto in ``path``, of a kind that a Llama tokenizer can be.
 
     Raises:
-        DataError: the file is missing, is no SentencePiece model, or is one of a kind that a
-            Llama tokenizer cannot be (Unigram; a normaliser that rewrites the text).
+        DataError: the file is missing, is no SentencePiece model, or is one of another kind
+            (Unigram; a normaliser that rewrites the text).
+    """
+    model = parse_model(path)
+    _check_kind(path, model)
+    return model
+
+
+def parse_model(path: Path) -> Any:
+    """The ModelProto in ``path``, of any kind.
+
+    Raises:
+        DataError: the file is missing or is no SentencePiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2, set_min_log_level
@@ -48,13 +58,12 @@ def read_model(path: Path) -> Any:
         raise DataError(f"{path}: not a SentencePiece model") from None
     if not model.pieces or not model.HasField("trainer_spec"):
         raise DataError(f"{path}: not a SentencePiece model")
-    _check_kind(path, model)
     return model
 
 
 def _check_kind(path: Path, model: Any) -> None:
     kind = model.trainer_spec.model_type
-    if kind != _BPE:
+    if kind != BPE:
         raise DataError(
             f"{path}: a SentencePiece {_KINDS.get(kind, kind)} model; only SentencePiece BPE "
             "models (Llama 2, Mistral, InternLM) are supported"
@@ -85,6 +94,11 @@ def normal_pieces(model: Any) -> dict[str, int]:
     return {entry.piece: key for key, entry in enumerate(model.pieces) if entry.type == NORMAL}
 
 
+def scores(model: Any) -> dict[str, float]:
+    """The score of every piece that merging can produce: the higher, the earlier its merge."""
+    return {entry.piece: entry.score for entry in model.pieces if entry.type == NORMAL}
+
+
 def tied_pieces(model: Any) -> list[str]:
     """The merged pieces whose score another piece has too, in the order of their ids.
 
@@ -99,20 +113,51 @@ def tied_pieces(model: Any) -> list[str]:
     ]
 
 
-def append_pieces(model: Any, pieces: Sequence[str]) -> Any:
+def append_pieces(
+    model: Any,
+    pieces: Sequence[str],
+    *,
+    scores: Mapping[str, float] | None = None,
+    symbols: Sequence[str] = (),
+    padding: int = 0,
+) -> Any:
     """A copy of ``model`` with ``pieces`` after the old ones, which keep ids and scores.
 
-    SentencePiece merges the pair whose result has the highest score first. Every new score is
-    below every old one, so the old merges are done first and in their old order; the new scores
-    fall in the order given, so an earlier piece wins.
+    SentencePiece merges the pair whose result has the highest score first. A piece that
+    ``scores`` names gets that score, or the next lower one that no other piece has. All others
+    get a score below every old one, so that the old merges are done first and in their old
+    order; these fall in the order given, so an earlier piece wins.
+
+    ``symbols`` become user-defined pieces, cut out of the text before anything is merged;
+    ``padding`` many ids after them stand for no text at all.
     """
     extended = type(model)()
     extended.CopyFrom(model)
-    scores = _scores_below(min(entry.score for entry in model.pieces))
-    for piece, score in zip(pieces, scores, strict=False):
+    old = [entry.score for entry in model.pieces]
+    named = {piece: scores[piece] for piece in pieces if piece in scores} if scores else {}
+    given = _distinct(named, old)
+    below = _scores_below(min([*old, *given.values()]))
+    for piece in pieces:
+        score = given[piece] if piece in given else next(below)
         extended.pieces.add(piece=piece, score=score, type=NORMAL)
+    for symbol in symbols:
+        extended.pieces.add(piece=symbol, score=0.0, type=USER_DEFINED)
+    for key in range(len(extended.pieces), len(extended.pieces) + padding):
+        extended.pieces.add(piece=f"<|unused_{key}|>", score=0.0, type=UNUSED)
     extended.trainer_spec.vocab_size = len(extended.pieces)
     return extended
+
+
+def _distinct(scores: Mapping[str, float], taken: Iterable[float]) -> dict[str, float]:
+    """The scores as float32, each moved down to the next value that is free; order is kept."""
+    used, free = set(taken), dict[str, float]()
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        score = float32(scores[piece])
+        while score in used:
+            score = next_below(score)
+        used.add(score)
+        free[piece] = score
+    return free
 
 
 def _scores_below(start: float) -> Iterator[float]:
@@ -123,18 +168,20 @@ def _scores_below(start: float) -> Iterator[float]:
     """
     score = start
     while True:
-        stepped = _float32(score - 1.0)
-        score = stepped if stepped < score else _next_below(score)
+        stepped = float32(score - 1.0)
+        score = stepped if stepped < score else next_below(score)
         yield score
 
 
-def _float32(value: float) -> float:
-    (rounded,) = struct.unpack("<f", struct.pack("<f", value))
-    return float(rounded)
+def float32(value: float) -> float:
+    """The nearest float32, the type of a score."""
+    import numpy as np
+
+    return float(np.float32(value))
 
 
-def _next_below(value: float) -> float:
-    """The float32 after a negative ``value``, away from zero."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
-    (below,) = struct.unpack("<f", struct.pack("<I", bits + 1))
-    return float(below)
+def next_below(value: float) -> float:
+    """The largest float32 below ``value``."""
+    import numpy as np
+
+    return float(np.nextafter(np.float32(value), np.float32(-np.inf)))

@@ -165,7 +165,11 @@ def test_report_adds_up(case: tuple[list[str], Path], llama2: Path) -> None:
     besides = len(report["characters_added"]) + len(report["pieces_repaired"])
     assert grown == report["pieces_added"] + besides
     assert report["size_after"] == len(_sentencepiece(directory))
-    assert report["bytes_per_token_after"] > 1.15 * report["bytes_per_token_before"]
+    assert sum(report["pieces_produced_between"].values()) == grown
+    sample = report["sample"]
+    assert sample["documents"] == 150
+    assert sample["bytes_per_token_after"] > 1.15 * sample["bytes_per_token_before"]
+    assert sample["documents_that_came_back_before"] > 140
 
 
 def test_closed_list_needs_no_repair(
@@ -224,6 +228,13 @@ BAD_LINES = {
     "special token": ('{"piece": "</s>"}', "special token"),
     "special token inside": ('{"piece": "你</s>好"}', "special token"),
     "byte token": ('{"piece": "<0x41>"}', "special token"),
+    "unknown type": ('{"piece": "你", "type": "control"}', "expected normal or user_defined"),
+    "symbol that is a piece": ('{"piece": "e", "type": "user_defined"}', "ordinary piece"),
+    "symbol in a special token": ('{"piece": "x</s>", "type": "user_defined"}', "special token"),
+    "piece with a symbol": (
+        '{"piece": "<h1>", "type": "user_defined"}\n{"piece": "x<h1>"}',
+        "user-defined symbol",
+    ),
     "not JSON": ('{"piece": ', "not JSON"),
     "not an object": ('["你好"]', "expected a JSON object"),
 }
@@ -237,7 +248,7 @@ def test_a_bad_line_is_named(
     path.write_text('{"piece": "您好"}\n' + line + "\n", encoding="utf-8")
     assert extend(_flags(small, tmp_path / "out", path)) == 2
     (message,) = capsys.readouterr().err.splitlines()
-    assert f"{path}:2:" in message
+    assert f"{path}:{line.count(chr(10)) + 2}:" in message
     assert complaint in message
     assert [item.name for item in tmp_path.iterdir()] == ["pieces.jsonl"]
 
@@ -259,25 +270,25 @@ def test_refused_sources(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A source that cannot be extended truly is refused by name, and nothing is written."""
-    byte_level, broken, padded, other = (
-        tmp_path / name for name in ("bytes", "broken", "padded", "other")
+    unigram, broken, padded, other = (
+        tmp_path / name for name in ("unigram", "broken", "padded", "other")
     )
-    for directory in (byte_level, broken):
+    for directory in (unigram, broken):
         directory.mkdir()
-    fast = {"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}}}
-    (byte_level / "tokenizer.json").write_text(json.dumps(fast))
+    fast = {"model": {"type": "Unigram", "vocab": [["a", 0]]}}
+    (unigram / "tokenizer.json").write_text(json.dumps(fast))
     (broken / "tokenizer.model").write_bytes(b"no model")
     shutil.copytree(small, padded)
-    (padded / "added_tokens.json").write_text('{"<pad>": 700}')
+    (padded / "added_tokens.json").write_text('{"<pad>": 702}')
     shutil.copytree(small, other)
     shutil.copyfile(
         shared_data / "tokenizers" / "llama2" / "tokenizer.model", other / "tokenizer.model"
     )
     cases = {
         tmp_path / "nowhere": "no such tokenizer directory",
-        byte_level: "byte-level BPE",
+        unigram: "Unigram",
         broken: "not a SentencePiece model",
-        padded: "'<pad>' has id 700",
+        padded: "id 700 is nobody's",
         other: "disagree",
         shared_data / "tokenizers" / "llama-zh-128k": "nmt_nfkc",
     }
