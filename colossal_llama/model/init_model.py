@@ -15,7 +15,7 @@ from typing import Any
 from colossal_llama.command import option, run
 from colossal_llama.errors import DataError
 from colossal_llama.model import new_model
-from colossal_llama.model.new_model import PRESETS, preset_path
+from colossal_llama.model.configuration import preset_names, preset_path
 from colossal_llama.storage import atomic_directory, read_json, refuse_existing, write_json
 
 _INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
@@ -33,7 +33,7 @@ class InitModelOptions:
     preset: str | None = option(
         None,
         help="instead of a source: the configuration of a new, random model; one of "
-        "demo, tiny, tinyllama-1.1b, or a JSON file like a Hugging Face config.json",
+        f"{', '.join(preset_names())}, or a JSON file like a Hugging Face config.json",
     )
     seed: int = option(42, help="seed of a preset's random weights")
     dtype: str = option(
@@ -53,8 +53,9 @@ class InitModelOptions:
             if path is not None and path.resolve() == target:
                 found.append(f"--target_model_path must not be --{name}")
         if self.preset is not None and not preset_path(self.preset).is_file():
-            known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.json")))
-            found.append(f"--preset {self.preset}: not a file, and not one of {known}")
+            found.append(
+                f"--preset {self.preset}: not a file, and not one of {', '.join(preset_names())}"
+            )
         return found
 
 

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-import sys
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama.errors import DataError
-from colossal_llama.storage import read_json
+from colossal_llama.model.configuration import empty_model, read_fields, write_settings
+from colossal_llama.model.shard_writer import write_shards
 
-PRESETS = Path(__file__).resolve().parent / "presets"
+if TYPE_CHECKING:
+    import torch
+
+_BLOCK = 2**22  # numbers drawn at a time; part of what a seed means, so never to be changed
 
 
 def write(preset: Path, tokenizer_path: Path, target: Path, *, seed: int, dtype: str) -> str:
     """Writes configuration and random weights into ``target``; returns a summary for the user.
 
+    The distribution is the one of transformers' ``_init_weights``: matrices and embeddings are
+    normal with mean 0 and deviation ``initializer_range``, the row of the padding id and biases
+    are 0, the gains of norms 1. Needs memory for one shard.
+
     Raises:
         DataError: preset or tokenizer cannot be used.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    fields = read_fields(preset) | _ids(tokenizer_path)
+    config, model = empty_model(fields, preset)
+    kind = getattr(torch, dtype)
+    modules = dict(model.named_modules())
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    std = config.initializer_range
+
+    def tensor(name: str) -> torch.Tensor:
+        module = modules[name.rpartition(".")[0]]
+        return _draw(module, name, shapes[name], std=std, seed=seed, dtype=kind)
+
+    sizes = {name: shape.numel() * kind.itemsize for name, shape in shapes.items()}
+    write_shards(target, sizes, tensor, label="drawing random weights")
+    write_settings(config, kind, target)
+    count = sum(shape.numel() for shape in shapes.values())
+    return f"a new model of {count:,} parameters for {fields['vocab_size']} ids"
+
+
+def _ids(tokenizer_path: Path) -> dict[str, int | None]:
+    """What the tokenizer decides of a model's configuration."""
+    from transformers import AutoTokenizer
 
     from colossal_llama.tokenizer.fingerprint import vocabulary_size
 
-    fields = read_json(preset)
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise DataError(f"{preset}: not a model's configuration: it has no model_type")
     size = vocabulary_size(tokenizer_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path), local_files_only=True)
@@ -33,24 +60,35 @@ def write(preset: Path, tokenizer_path: Path, target: Path, *, seed: int, dtype:
         raise DataError(
             f"{tokenizer_path}: transformers cannot load this tokenizer: {reason}"
         ) from None
-    fields |= {
+    return {
         "vocab_size": size,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    try:
-        config = AutoConfig.for_model(**fields)
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{preset}: {' '.join(str(error).split())}") from None
-    print("drawing random weights ...", file=sys.stderr, flush=True)
-    torch.manual_seed(seed)
-    # Drawn in float32 and then rounded, so that all dtypes start from the same numbers.
-    model = AutoModelForCausalLM.from_config(config, torch_dtype=torch.float32)
-    model.to(getattr(torch, dtype)).save_pretrained(target, safe_serialization=True)
-    return f"a new model of {model.num_parameters():,} parameters for {size} ids"
 
 
-def preset_path(name: str) -> Path:
-    """Where the preset of this name lies; a name that ends in .json is a path itself."""
-    return Path(name) if name.endswith(".json") else PRESETS / f"{name}.json"
+def _draw(
+    module: Any, name: str, shape: torch.Size, *, std: float, seed: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """The initial value of one parameter of ``module``.
+
+    The generator is seeded by seed and name, so that the numbers do not depend on the other
+    tensors; they are drawn in float32 and then rounded, so that all dtypes start from the same.
+    """
+    import torch
+
+    is_matrix = isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    if name.endswith(".bias"):
+        return torch.zeros(shape, dtype=dtype)
+    if not is_matrix:
+        assert type(module).__name__.endswith("RMSNorm"), name
+        return torch.ones(shape, dtype=dtype)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    values = torch.empty(shape, dtype=dtype)
+    for block in values.view(-1).split(_BLOCK):
+        block.copy_(torch.empty(block.shape).normal_(0.0, std, generator=generator))
+    if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+        values[module.padding_idx] = 0
+    return values
