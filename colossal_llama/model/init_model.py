@@ -6,17 +6,23 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama.command import option, run
 from colossal_llama.errors import DataError
-from colossal_llama.model import new_model
+from colossal_llama.model import new_model, verification
 from colossal_llama.model.configuration import preset_names, preset_path
+from colossal_llama.model.strategies import STRATEGIES, new_rows
 from colossal_llama.storage import atomic_directory, read_json, refuse_existing, write_json
+
+if TYPE_CHECKING:
+    from colossal_llama.model.new_pieces import NewPieces
+    from colossal_llama.model.safetensors_files import Weights
 
 _INPUT, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
@@ -35,11 +41,24 @@ class InitModelOptions:
         help="instead of a source: the configuration of a new, random model; one of "
         f"{', '.join(preset_names())}, or a JSON file like a Hugging Face config.json",
     )
-    seed: int = option(42, help="seed of a preset's random weights")
-    dtype: str = option(
+    init_strategy: str = option(
+        "mean",
+        help="where new rows come from: the mean of the rows that spelled the piece; that mean "
+        "with the norm of old rows of its script; samples around the mean of all rows; or noise "
+        "around zero, to compare with",
+        choices=tuple(STRATEGIES),
+    )
+    seed: int = option(42, help="seed of random weights: a preset's, multivariate's and random's")
+    dtype: str | None = option(
+        None,
+        help="type of the weights written; without it a source keeps its own and a preset has "
         "bfloat16",
-        help="type of a preset's weights; a source keeps its own",
         choices=("float32", "bfloat16", "float16"),
+    )
+    verify: str | None = option(
+        None,
+        help="text, or a .txt or .jsonl file of it (or .gz of one), on which to print the source's "
+        "and the result's bits per byte; loads one after the other into memory as they are stored",
     )
     overwrite: bool = option(False, help="replace target_model_path if it exists")
 
@@ -52,6 +71,14 @@ class InitModelOptions:
             path = getattr(self, name)
             if path is not None and path.resolve() == target:
                 found.append(f"--target_model_path must not be --{name}")
+        if self.verify is not None and (problem := verification.problem_of(self.verify)):
+            found.append(f"--verify {problem}")
+        if self.preset is not None:
+            found += [
+                f"--{name} goes with --source_model_and_tokenizer_path, not with --preset"
+                for name, default in (("init_strategy", "mean"), ("verify", None))
+                if getattr(self, name) != default
+            ]
         if self.preset is not None and not preset_path(self.preset).is_file():
             found.append(
                 f"--preset {self.preset}: not a file, and not one of {', '.join(preset_names())}"
@@ -66,55 +93,100 @@ def init_model(options: InitModelOptions) -> None:
         DataError: source, its tokenizer and the target tokenizer do not belong together.
     """
     refuse_existing(options.target_model_path, overwrite=options.overwrite)
+    texts = verification.read_texts(options.verify) if options.verify is not None else []
     with atomic_directory(options.target_model_path, overwrite=options.overwrite) as target:
         if options.source_model_and_tokenizer_path is not None:
-            summary = _from_source(
-                options.source_model_and_tokenizer_path, options.target_tokenizer_path, target
-            )
+            summary = _from_source(options, options.source_model_and_tokenizer_path, target)
         else:
             summary = new_model.write(
                 preset_path(str(options.preset)),
                 options.target_tokenizer_path,
                 target,
                 seed=options.seed,
-                dtype=options.dtype,
+                dtype=options.dtype or "bfloat16",
             )
         _copy_tokenizer(options.target_tokenizer_path, target)
+        if options.source_model_and_tokenizer_path is not None and texts:
+            summary += "\n" + verification.report(
+                options.source_model_and_tokenizer_path,
+                target,
+                texts,
+                same_weights=options.dtype is None,
+            )
     print(f"{options.target_model_path}: {summary}")
 
 
-def _from_source(source: Path, tokenizer: Path, target: Path) -> str:
+def _from_source(options: InitModelOptions, source: Path, target: Path) -> str:
+    """Writes weights and configuration into ``target``; returns a summary for the user."""
     from tqdm import tqdm
 
-    from colossal_llama.model import embeddings, safetensors_files
+    from colossal_llama.model import safetensors_files
+    from colossal_llama.model.new_pieces import find_new_pieces
     from colossal_llama.tokenizer.fingerprint import vocabulary_size
 
     if not source.is_dir():
         raise DataError(f"{source}: no such model directory")
     config = _read_config(source / "config.json")
     weights = safetensors_files.find_weights(source)
-    old_size = vocabulary_size(source)
-    names = _embedding_names(source, config, weights, old_size)
-    segmentations = embeddings.old_segmentations(source, tokenizer)
-    with tqdm(total=len(names) + len(weights.files), unit=" steps", delay=1) as progress:
-        changed = {}
-        for name in names:
-            progress.set_description(f"new rows of {name}")
-            changed[name] = embeddings.extended(weights.tensor(name), old_size, segmentations)
-            progress.update()
-        progress.set_description("writing")
-        safetensors_files.rewrite(weights, target, changed, progress.update)
-    new_size = old_size + len(segmentations)
-    write_json(target / "config.json", {**config, "vocab_size": new_size})
+    names = _embedding_names(source, config, weights, vocabulary_size(source))
+    pieces = find_new_pieces(source, options.target_tokenizer_path)
+    grown = _grown(options, config, names, pieces)
+    total = safetensors_files.size_after(weights, grown, options.dtype)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing", delay=1) as progress:
+        safetensors_files.rewrite(weights, target, grown, options.dtype, progress.update)
+    new_size = pieces.old_size + len(pieces.bags)
+    write_json(target / "config.json", _changed(config, new_size, options.dtype))
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     else:
         _write_generation_config(target)
-    return f"{old_size} -> {new_size} rows in {' and '.join(names)}"
+    return (
+        f"{pieces.old_size} -> {new_size} rows in {' and '.join(names)}, "
+        f"new ones by {options.init_strategy}"
+    )
 
 
-def _embedding_names(source: Path, config: dict[str, Any], weights: Any, size: int) -> list[str]:
+def _grown(
+    options: InitModelOptions, config: dict[str, Any], names: list[str], pieces: NewPieces
+) -> dict[str, Any]:
+    """Tensor name -> its new rows.
+
+    Random strategies draw other numbers for input and output, unless both are one.
+    """
+    from colossal_llama.model.safetensors_files import NewRows
+
+    deviation = float(config.get("initializer_range", 0.02))
+    tied = config.get("tie_word_embeddings", False)
+    return {
+        name: NewRows(
+            pieces.old_size,
+            len(pieces.bags),
+            functools.partial(
+                new_rows,
+                options.init_strategy,
+                pieces,
+                deviation,
+                f"{options.seed} {_INPUT if tied or name != _OUTPUT else _OUTPUT}",
+            ),
+        )
+        for name in names
+    }
+
+
+def _changed(config: dict[str, Any], vocab_size: int, dtype: str | None) -> dict[str, Any]:
+    """The result's configuration; newer ones say ``dtype`` where older say ``torch_dtype``."""
+    changed = {**config, "vocab_size": vocab_size}
+    if dtype is not None:
+        changed["dtype" if "dtype" in config else "torch_dtype"] = dtype
+    return changed
+
+
+def _embedding_names(
+    source: Path, config: dict[str, Any], weights: Weights, size: int
+) -> list[str]:
     """Names of the tensors with a row per id, checked against configuration and tokenizer."""
+    from colossal_llama.model.safetensors_files import FLOATS
+
     names = [name for name in weights.file_of if name.endswith(_INPUT) or name == _OUTPUT]
     if not any(name.endswith(_INPUT) for name in names):
         raise DataError(
@@ -125,7 +197,13 @@ def _embedding_names(source: Path, config: dict[str, Any], weights: Any, size: i
             f"{source}: {_OUTPUT} is missing, but config.json does not set tie_word_embeddings"
         )
     for name in names:
-        rows, *_ = weights.shape(name)
+        entry = weights.entries[name]
+        if entry.dtype not in FLOATS or len(entry.shape) != 2:
+            raise DataError(
+                f"{source}: {name} is a {entry.dtype} tensor of shape {entry.shape}; rows can only "
+                "be added to a matrix that is not quantised"
+            )
+        rows = entry.shape[0]
         if rows != config["vocab_size"]:
             raise DataError(
                 f"{source}: {name} has {rows} rows, but config.json says vocab_size "
