@@ -17,8 +17,9 @@ from colossal_llama.tokenizer.fast_tokenizer import load, load_bare
 from colossal_llama.tokenizer.fingerprint import added_tokens, id_to_piece, read_fast_json
 from colossal_llama.tokenizer.sentencepiece_model import SPACE
 
-# How init_tokenizer.py names ids that only round the vocabulary up, and the bytes of SentencePiece.
-_PADDING = re.compile(r"<\|unused_\d+\|>")
+# How init_tokenizer.py names ids that only round the vocabulary up (in SentencePiece, in byte-level
+# BPE), and how SentencePiece names bytes.
+_PADDING = re.compile(r"<\|unused_\d+\|>|<unused_\d+>ÿ")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
