@@ -29,11 +29,23 @@ COMMANDS = {
         "init_tokenizer",
         "extend a tokenizer with new pieces",
     ),
+    "analyze-tokenizer": (
+        "tokenizer.analyze_tokenizer",
+        "AnalyzeTokenizerOptions",
+        "analyze_tokenizer",
+        "compare tokenizers: compression, coverage, pieces that cannot be used",
+    ),
     "init-model": (
         "model.init_model",
         "InitModelOptions",
         "init_model",
         "give a model the embedding rows of an extended tokenizer",
+    ),
+    "convert-checkpoint": (
+        "model.convert_checkpoint",
+        "ConvertCheckpointOptions",
+        "convert_checkpoint",
+        "turn a checkpoint of another program into a Hugging Face directory",
     ),
     "prepare-pretrain-dataset": (
         "dataset.prepare_pretrain",
