@@ -89,7 +89,7 @@ def find_weights(directory: Path) -> Weights:
         if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
             raise DataError(f"{path}: not an index: it has no weight_map")
         for name in set(index["weight_map"].values()):
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or not name or Path(name).name != name:
                 raise DataError(f"{path}: {name!r} is not the name of a file beside it")
         return _read_headers(directory, index["weight_map"], index)
     if (directory / _SINGLE).is_file():

@@ -62,21 +62,21 @@ def report(source: Path, result: Path, texts: Sequence[str], *, same_weights: bo
     new = sum(key >= old_size for ids in after for key in ids)
     if not new and before != after:
         raise DataError(
-            f"{result}: its tokenizer reads the text to verify on differently from the source's, "
-            "though without a new piece; extend the source's tokenizer with init_tokenizer.py"
+            "the target tokenizer reads the text to verify on differently from the one in "
+            f"{source}, though without a new piece; extend that one with init_tokenizer.py"
         )
-    (bits,) = _bits(source, before, [old_size])
+    (bits,) = _bits(source, str(source), before, [old_size])
     rows = [("source", bits, f"{sum(map(len, before))} tokens")]
     tokens = f"{sum(map(len, after))} tokens, {new} of them new pieces"
     if new:
-        (everything,) = _bits(result, after, [None])
+        (everything,) = _bits(result, "the result", after, [None])
     else:
-        everything, restricted = _bits(result, after, [None, old_size])
+        everything, restricted = _bits(result, "the result", after, [None, old_size])
         same = "identical" if restricted == bits else f"changed by {restricted - bits:+.3g} bits"
         if restricted != bits and same_weights:
             raise DataError(
-                f"{result}: on a text without new pieces it does not predict what {source} "
-                f"predicts ({same}); is the source's directory being changed?"
+                f"on a text without new pieces the result does not predict what {source} predicts "
+                f"({same}); is the source being written to?"
             )
         rows.append(("result, old ids only", restricted, same))
     rows.append(("result", everything, tokens))
@@ -93,7 +93,7 @@ def _ids(directory: Path, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _bits(
-    directory: Path, documents: Sequence[list[int]], sizes: Sequence[int | None]
+    directory: Path, name: str, documents: Sequence[list[int]], sizes: Sequence[int | None]
 ) -> list[float]:
     """For each of ``sizes``, the bits of all documents when only so many first ids can follow.
 
@@ -109,9 +109,9 @@ def _bits(
     windows = [
         [*start, *ids[at : at + width]] for ids in documents for at in range(0, len(ids), width)
     ]
-    model, found = _load(directory), []
+    model, found = _load(directory, name), []
     with tqdm(
-        desc=f"reading the text with {directory.name}",
+        desc=f"reading the text with {name}",
         total=sum(map(len, windows)) * len(sizes),
         unit="token",
         delay=1,
@@ -123,11 +123,11 @@ def _bits(
     del model
     gc.collect()  # before the next one is loaded
     if not all(map(math.isfinite, found)):
-        raise DataError(f"{directory}: the model's output is not finite; are the weights intact?")
+        raise DataError(f"{name}: the model's output is not finite; are the weights intact?")
     return found
 
 
-def _load(directory: Path) -> Any:
+def _load(directory: Path, name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -137,7 +137,7 @@ def _load(directory: Path) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # OSError, ValueError, RuntimeError, ... by what is broken
-        raise DataError(f"{directory}: it does not load: {' '.join(str(error).split())}") from None
+        raise DataError(f"{name}: it does not load: {' '.join(str(error).split())}") from None
     return model.eval()
 
 
