@@ -215,7 +215,10 @@ class ByteLevelTokenizer:
 
     @cached_property
     def _loaded(self) -> Tokenizer:
-        return load(self.fast)
+        tokenizer = load(self.fast)
+        # The slow classes know no other way that leaves symbols alone.
+        tokenizer.encode_special_tokens = False
+        return tokenizer
 
     @cached_property
     def _slow(self) -> Any | None:

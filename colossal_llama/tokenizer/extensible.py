@@ -44,6 +44,9 @@ class ExtensibleTokenizer(Protocol):
     def symbols(self) -> set[str]:
         """Texts of the user-defined symbols among the reserved ones."""
 
+    def touched_characters(self, pieces: Sequence[str]) -> set[str]:
+        """Characters of which a text holds one if adding ``pieces`` can change its ids."""
+
     def problem_of(self, text: str) -> str | None:
         """Why no piece with this text can be added ("holds ...", "is ..."), or None."""
 

@@ -63,7 +63,7 @@ def compare(
     """
     counts = _Comparison()
     old, new = load(source.fast), load(extended.tokenizer.fast)
-    letters = set("".join(map(extended.tokenizer.text, extended.pieces))) - {" "}
+    characters = source.touched_characters(extended.pieces)
     with tqdm(desc="comparing on the sample", unit=" documents", delay=1) as progress:
         documents = iter(texts)
         while batch := list(islice(documents, _BATCH)):
@@ -77,7 +77,7 @@ def compare(
                 counts.bytes += len(text.encode("utf-8"))
                 counts.tokens_before += len(one.ids)
                 counts.tokens_after += len(other.ids)
-                if letters.isdisjoint(text):
+                if characters.isdisjoint(text):
                     counts.documents_without_new_characters += 1
                     if one.ids != other.ids:
                         _fail("a text without new characters got other ids", text)
@@ -140,6 +140,8 @@ def summary(target: Path, report: dict[str, Any]) -> str:
     for key, what in (("symbols_added", "user-defined symbols"), ("pieces_dropped", "dropped")):
         if report[key]:
             extra.append(f"{len(report[key])} {what}")
+    if required := report.get("required_characters_added"):
+        extra.append(f"{len(required)} required characters")
     if report["padding"]:
         extra.append(f"{report['padding']} ids of padding")
     lines = [

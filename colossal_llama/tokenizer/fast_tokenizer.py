@@ -146,10 +146,17 @@ def _merges(model: Any, old_ranks: dict[str, int]) -> list[str]:
 
 
 def load(fast: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that ``fast`` describes."""
+    """The tokenizer that ``fast`` describes; the name of a special token in a text is text.
+
+    SentencePiece reads ``<s>`` in a text letter by letter too. (transformers takes it for the
+    control token, slow and fast with different ids around it, unless it is told
+    ``split_special_tokens=True``.)
+    """
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_str(json.dumps(fast, ensure_ascii=False))
+    tokenizer = Tokenizer.from_str(json.dumps(fast, ensure_ascii=False))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def load_bare(fast: dict[str, Any]) -> Tokenizer:

@@ -90,10 +90,12 @@ def init_tokenizer(options: InitTokenizerOptions) -> None:
     if options.calibrate_from is not None:
         scores = calibration.calibrate(source, options.calibrate_from, options.calibration)
     wanted = piece_list.read_pieces(options.expand_tokens_file, source)
-    required = piece_list.new_characters(required_characters(options.required_chars), source)
+    characters = required_characters(options.required_chars)
+    asked_for = set(wanted.pieces)
+    required = [c for c in piece_list.new_characters(characters, source) if c not in asked_for]
     extended = extension.extend(
         source,
-        list(dict.fromkeys([*wanted.pieces, *required])),
+        [*wanted.pieces, *required],
         scores=scores.scores if scores else None,
         symbols=wanted.symbols,
         multiple_of=options.pad_vocab_to_multiple_of,
@@ -102,6 +104,7 @@ def init_tokenizer(options: InitTokenizerOptions) -> None:
     report = extension_report.describe(source, extended)
     report |= {
         "pieces_asked_for": wanted.asked_for,
+        "pieces_added": len(asked_for.intersection(extended.pieces)),
         "pieces_already_there": wanted.already_there,
         "pieces_duplicate": wanted.duplicates,
         "required_characters_added": [source.text(piece) for piece in required],

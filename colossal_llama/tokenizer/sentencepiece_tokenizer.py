@@ -60,6 +60,9 @@ class SentencePieceTokenizer:
         special = {entry.piece for entry in self.model.pieces if entry.type != NORMAL}
         return special | set(self.added.values())
 
+    def touched_characters(self, pieces: Sequence[str]) -> set[str]:
+        return set("".join(map(self.text, pieces))) - {" "}
+
     def problem_of(self, text: str) -> str | None:
         return None
 

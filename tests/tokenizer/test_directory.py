@@ -73,7 +73,7 @@ def test_every_setting_survives(small: Path, tmp_path: Path) -> None:
     read = directory.read_tokenizer(source)
     target = tmp_path / "out"
     target.mkdir()
-    directory.write_tokenizer(target, read.model, read.fast, settings_from=source)
+    read.write(target, settings_from=source)
     for name in ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
         assert (target / name).read_bytes() == (source / name).read_bytes()
     assert (target / "tokenizer.model").read_bytes() == (source / "tokenizer.model").read_bytes()
