@@ -44,6 +44,32 @@ def read_fields(path: Path) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if not name.startswith("_")}
 
 
+def token_fields(tokenizer_path: Path) -> dict[str, int | None]:
+    """What the tokenizer decides of a model's configuration: number of ids, bos, eos, pad.
+
+    Raises:
+        DataError: there is no tokenizer that transformers can load.
+    """
+    from transformers import AutoTokenizer
+
+    from colossal_llama.tokenizer.fingerprint import vocabulary_size
+
+    size = vocabulary_size(tokenizer_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{tokenizer_path}: transformers cannot load this tokenizer: {reason}"
+        ) from None
+    return {
+        "vocab_size": size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
 def empty_model(fields: dict[str, Any], path: Path) -> tuple[Any, Any]:
     """The configuration of these settings, and its model without memory for weights.
 

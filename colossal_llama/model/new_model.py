@@ -6,8 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from colossal_llama.errors import DataError
-from colossal_llama.model.configuration import empty_model, read_fields, write_settings
+from colossal_llama.model.configuration import (
+    empty_model,
+    read_fields,
+    token_fields,
+    write_settings,
+)
 from colossal_llama.model.shard_writer import write_shards
 
 if TYPE_CHECKING:
@@ -28,7 +32,7 @@ def write(preset: Path, tokenizer_path: Path, target: Path, *, seed: int, dtype:
     """
     import torch
 
-    fields = read_fields(preset) | _ids(tokenizer_path)
+    fields = read_fields(preset) | token_fields(tokenizer_path)
     config, model = empty_model(fields, preset)
     kind = getattr(torch, dtype)
     modules = dict(model.named_modules())
@@ -44,28 +48,6 @@ def write(preset: Path, tokenizer_path: Path, target: Path, *, seed: int, dtype:
     write_settings(config, kind, target)
     count = sum(shape.numel() for shape in shapes.values())
     return f"a new model of {count:,} parameters for {fields['vocab_size']} ids"
-
-
-def _ids(tokenizer_path: Path) -> dict[str, int | None]:
-    """What the tokenizer decides of a model's configuration."""
-    from transformers import AutoTokenizer
-
-    from colossal_llama.tokenizer.fingerprint import vocabulary_size
-
-    size = vocabulary_size(tokenizer_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_path), local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"{tokenizer_path}: transformers cannot load this tokenizer: {reason}"
-        ) from None
-    return {
-        "vocab_size": size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
 
 
 def _draw(
