@@ -13,7 +13,13 @@ from tqdm import tqdm
 from colossal_llama.errors import DataError
 from colossal_llama.tokenizer import charsets
 from colossal_llama.tokenizer.corpus import documents
-from colossal_llama.tokenizer.halves import Half, OpenTokenizer, Token, open_tokenizer
+from colossal_llama.tokenizer.halves import (
+    Half,
+    OpenTokenizer,
+    Token,
+    check_is_tokenizer,
+    open_tokenizer,
+)
 from colossal_llama.tokenizer.sentencepiece_model import SPACE
 
 # Bounds on what is held in memory at once: characters and documents.
@@ -89,11 +95,6 @@ class TokenizerFigures:
         both = {"slow": self.slow, "fast": self.fast}
         return {name: half for name, half in both.items() if half is not None}
 
-    @property
-    def agrees(self) -> bool:
-        """Whether no document showed a difference between the halves."""
-        return self.agreement is None or self.agreement.identical == self.agreement.documents
-
     def coverage(self, level: str) -> float:
         """The share of a level's characters that are exactly one known id, after a "▁"."""
         counts = self.character_tokens[level]
@@ -136,12 +137,13 @@ def analyze(
     characters = {level: charsets.level(level) for level in charsets.LEVELS}
     names = short_names(directories)
     for directory in directories:  # a mistake in the last one is not found after minutes
-        if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-            raise DataError(f"{directory}: no tokenizer.model and no tokenizer.json in it")
+        check_is_tokenizer(directory)
     measured = []
     for directory, name in zip(directories, names, strict=True):
         opened = open_tokenizer(directory)
         measured.append(_measure(name, opened, files, characters, sentence))
+        if not all(map(tokens_of, measured[-1].halves.values())):
+            raise DataError(f"{directory}: makes no token of this text")
     at = [directory.resolve() for directory in directories].index(baseline.resolve())
     return Analysis(files, sentence, characters, measured, measured[at])
 

@@ -51,6 +51,7 @@ def _of_vocabulary(analysis: Analysis, figures: TokenizerFigures) -> dict[str, A
     same = figures.agreement
     row["documents_compared"] = same.documents if same else None
     row["documents_identical"] = same.identical if same else None
+    row["pieces"] = figures.main.producible
     row["unused_pieces"] = figures.main.producible - figures.main.used
     return row
 
@@ -107,11 +108,19 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
                     }
                     for name, half in figures.halves.items()
                 },
-                "tokens_per_listed_character": {
-                    level: dict(zip(analysis.characters[level], counts, strict=True))
+                "characters_by_tokens": {
+                    level: _by_tokens(analysis.characters[level], counts)
                     for level, counts in figures.character_tokens.items()
                 },
             }
             for figures in analysis.tokenizers
         ],
+    }
+
+
+def _by_tokens(characters: list[str], counts: list[int]) -> dict[str, str]:
+    """Number of tokens ("0" for unknown) -> the characters that take so many."""
+    return {
+        str(number): "".join(c for c, n in zip(characters, counts, strict=True) if n == number)
+        for number in sorted(set(counts))
     }

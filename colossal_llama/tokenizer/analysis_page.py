@@ -25,7 +25,7 @@ _MOST_TOKENS = 4
 _LEVELS = {
     "level1": ("Level 1", "everyday use"),
     "level2": ("Level 2", "publishing"),
-    "level3": ("Level 3", "names and technical terms"),
+    "level3": ("Level 3", "names, terms"),
 }
 
 

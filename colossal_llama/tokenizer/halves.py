@@ -85,12 +85,9 @@ def open_tokenizer(directory: Path) -> OpenTokenizer:
     Raises:
         DataError: there is neither, or one cannot be read.
     """
-    if not directory.is_dir():
-        raise DataError(f"{directory}: no such tokenizer directory")
+    check_is_tokenizer(directory)
     has_model = (directory / "tokenizer.model").is_file()
     has_fast = (directory / "tokenizer.json").is_file()
-    if not has_model and not has_fast:
-        raise DataError(f"{directory}: no tokenizer.model and no tokenizer.json in it")
     model = parse_model(directory / "tokenizer.model") if has_model else None
     slow = SlowHalf(directory, model) if has_model else None
     if has_fast:
@@ -104,9 +101,19 @@ def open_tokenizer(directory: Path) -> OpenTokenizer:
     if not model and content:
         names = {key: piece for piece, key in _vocabulary(content).items()}
     names.update(added)
+    if not names:
+        raise DataError(f"{directory}/tokenizer.json: its vocabulary is empty")
     pieces = [names.get(key) for key in range(max(names) + 1)]
     kind = f"SentencePiece {_kind_of(model)}" if model else _kind_of_fast(content or {})
     return OpenTokenizer(directory, kind, pieces, slow, fast, source)
+
+
+def check_is_tokenizer(directory: Path) -> None:
+    """Raises DataError if there is nothing in ``directory`` to open."""
+    if not directory.is_dir():
+        raise DataError(f"{directory}: no such tokenizer directory")
+    if not any((directory / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+        raise DataError(f"{directory}: no tokenizer.model and no tokenizer.json in it")
 
 
 class SlowHalf:
@@ -152,16 +159,16 @@ class FastHalf:
     """What the library ``tokenizers`` makes of ``tokenizer.json``."""
 
     def __init__(self, directory: Path, content: dict[str, Any], added: dict[int, str]) -> None:
+        try:
+            self._encoder = _load(content)
+        except Exception as error:  # the library raises no other class
+            reason = " ".join(str(error).split())
+            raise DataError(f"{directory}/tokenizer.json: cannot be loaded: {reason}") from None
         self._content = content
         self._vocabulary = _vocabulary(content)
         self._spaced = SPACE in _steps(content, ensure_ascii=False)
         self._bytes = byte_alphabet() if "ByteLevel" in _steps(content) else {}
         self._unknown = _unknown_piece(content)
-        try:
-            self._encoder = _load(content)
-        except Exception as error:  # the library knows no other class
-            reason = " ".join(str(error).split())
-            raise DataError(f"{directory}/tokenizer.json: cannot be loaded: {reason}") from None
         special = {int(t["id"]) for t in content.get("added_tokens") or [] if t.get("special")}
         special |= {self._vocabulary[self._unknown]} if self._unknown in self._vocabulary else set()
         self.producible = (set(self._vocabulary.values()) | set(added)) - special
@@ -195,15 +202,19 @@ class FastHalf:
         }
         texts = {piece: self._text(piece) for piece in pieces}
         whole = {piece: key for piece, key in pieces.items() if texts[piece] is not None}
-        # A cut character is no text: only merging can be asked for it.
-        cut = {piece: key for piece, key in pieces.items() if texts[piece] is None}
-        merged = _load(_bare(self._content)).encode_batch_fast(list(cut), add_special_tokens=False)
-        dead = {piece for piece, got in zip(cut, merged, strict=True) if got.ids != [cut[piece]]}
+        dead = self._unmerged({p: key for p, key in pieces.items() if texts[p] is None})
         known = [text for text in texts.values() if text is not None]
         alone = _load(_without_prefix(self._content, look_up=bool(self._bytes)))
         encodings = alone.encode_batch_fast(known, add_special_tokens=False)
         dead |= set(_missing(whole, known, (entry.ids for entry in encodings), self))
         return [piece for piece in pieces if piece in dead]
+
+    def _unmerged(self, cut: dict[str, int]) -> set[str]:
+        """Pieces that merging does not give. A cut character is no text, so only it is asked."""
+        if not cut:
+            return set()
+        merged = _load(_bare(self._content)).encode_batch_fast(list(cut), add_special_tokens=False)
+        return {p for (p, key), got in zip(cut.items(), merged, strict=True) if got.ids != [key]}
 
     def _spell(self, piece: str) -> bytes:
         if self._bytes and all(character in self._bytes for character in piece):
