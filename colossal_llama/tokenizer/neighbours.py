@@ -7,7 +7,16 @@ from dataclasses import dataclass
 
 # Tried in this order. Whatever stands beside a piece can be swallowed by a longer one ("，我" is
 # a piece of some vocabularies), so a piece counts as produced if one of these leaves it alone.
-NEIGHBOURS = (("，", "。"), ("\n", "\n"), ("(", ")"), ("x", "x"), ("文", "文"), ("0", "0"))
+# The last two are of different kinds, because "()", "xx" and "00" may be pieces.
+NEIGHBOURS = (
+    ("，", "。"),
+    ("\n", "\n"),
+    ("(", ")"),
+    ("x", "x"),
+    ("文", "文"),
+    ("0", "0"),
+    ("0", "x"),
+)
 
 Encode = Callable[[list[str]], Iterable[list[int]]]
 
