@@ -1,217 +1,346 @@
-"""Learns a Llama tokenizer, or the pieces of a new language, from text.
+"""Learns a Llama tokenizer, or the pieces that another one should get, from text.
 
     python colossal_llama/tokenizer/train_tokenizer.py --data_input_dirs corpus \
         --target_tokenizer_dir tokenizer --vocab_size 32000
+    python colossal_llama/tokenizer/train_tokenizer.py --data_input_dirs corpus \
+        --target_tokenizer_dir llama2-zh --source_tokenizer_dir llama2 --num_new_pieces 20000
+    python colossal_llama/tokenizer/train_tokenizer.py --merge_tokenizer_dir internlm \
+        --target_tokenizer_dir llama2-zh --source_tokenizer_dir llama2 --scripts Han
 
-``pieces.jsonl`` in the result is a list for ``init_tokenizer.py --expand_tokens_file``.
+From scratch; the next merges on top of a tokenizer; what another tokenizer has besides. With the
+result comes ``pieces.jsonl``, a list for ``init_tokenizer.py --expand_tokens_file``, and the
+compression that each number of them brings.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import re
+import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from colossal_llama.command import option, run
 from colossal_llama.errors import DataError
 from colossal_llama.storage import atomic_directory, refuse_existing
+from colossal_llama.tokenizer.from_scratch import PRESETS, Settings
+from colossal_llama.tokenizer.unicode_scripts import is_script, script_filter
 
-# What splits a text into sentences: no piece may hold a control character (Llama spells line
-# ends and tabs as bytes), and SentencePiece keeps U+2585 for itself.
-_SENTENCE_END = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u2585]+")
+if TYPE_CHECKING:
+    from colossal_llama.tokenizer.corpus import EvenSample, Sample
+    from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
+    from colossal_llama.tokenizer.growth import Growth
+
+# Flags that a mode does not read; without a source tokenizer, with one, and with two.
+_NOT_FROM_SCRATCH = ("num_new_pieces", "merge_tokenizer_dir", "calibration")
+_ONLY_FROM_SCRATCH = (
+    *("preset", "vocab_size", "max_sentence_length", "byte_fallback", "split_digits"),
+    "user_defined_symbols",
+)
+_NOT_MERGING = ("data_input_dirs", "character_coverage", "max_piece_length", "required_chars")
 
 
 @dataclass
 class TrainTokenizerOptions:
-    """Learn a SentencePiece BPE tokenizer with Llama's settings."""
+    """Learn a Llama tokenizer from text; or, with --source_tokenizer_dir, the next pieces of one
+    (SentencePiece BPE or byte-level BPE); or, with --merge_tokenizer_dir too, take them over."""
 
+    target_tokenizer_dir: Path = option(help="directory to write the tokenizer to")
     data_input_dirs: list[Path] = option(
-        help="comma-separated files, or directories of them: .jsonl with source and target, "
-        ".txt with a document per line; both also as .gz",
+        [],
+        help="comma-separated files, or directories of them: .jsonl with source and target, or "
+        "text; .txt with a document per line; both also as .gz",
         comma=True,
     )
-    target_tokenizer_dir: Path = option(help="directory to write the tokenizer to")
-    vocab_size: int = option(32000, help="number of pieces, special and byte tokens included")
-    character_coverage: float = option(
-        0.9995,
-        help="share of the text whose characters become pieces; the rest is spelled in bytes",
+    source_tokenizer_dir: Path | None = option(
+        None, help="tokenizer to extend; without it one is learned from scratch"
     )
-    max_sentence_length: int = option(
-        4192, help="longer lines are learned from in cuts of this many bytes; nothing is dropped"
+    merge_tokenizer_dir: Path | None = option(
+        None, help="tokenizer whose other pieces the source gets, instead of pieces from text"
+    )
+    num_new_pieces: int | None = option(
+        None, help="how many pieces the source gets (--merge_tokenizer_dir: all that it lacks)"
+    )
+    preset: str | None = option(
+        None,
+        help="published settings of a tokenizer from scratch (llama if not given); flags "
+        "override them",
+        choices=tuple(PRESETS),
+    )
+    vocab_size: int | None = option(
+        None, help="number of pieces from scratch, special and byte tokens included"
+    )
+    character_coverage: float | None = option(
+        None,
+        help="share of the text whose characters become pieces; the rest is spelled in bytes "
+        "(from scratch the preset's, else 0.9995)",
+    )
+    required_chars: list[str] = option(
+        [],
+        help="comma-separated: level1, level2, level3 of the Table of General Standard Chinese "
+        "Characters, or text files; their characters become pieces however rare they are",
+        comma=True,
+    )
+    user_defined_symbols: list[str] = option(
+        [],
+        help="comma-separated symbols, or a file with one a line, that are never cut or merged",
+        comma=True,
+    )
+    byte_fallback: bool | None = option(
+        None, help="spell characters that are no pieces in bytes; without it they become <unk>"
+    )
+    split_digits: bool | None = option(None, help="make every digit a piece of its own")
+    max_piece_length: int | None = option(
+        None, help="characters of a piece (from scratch the preset's, else 16)"
+    )
+    max_sentence_length: int | None = option(
+        None, help="longer lines are learned from in cuts of this many bytes; nothing is dropped"
+    )
+    min_line_length: int = option(10, help="shorter lines are left out, in characters")
+    max_line_length: int = option(4096, help="longer lines are cut, not lost, in characters")
+    max_training_bytes: int = option(
+        100_000_000, help="of more text an even sample of at most this size is learned from"
+    )
+    heldout_input_dirs: list[Path] = option(
+        [],
+        help="comma-separated text to measure the compression on, as --data_input_dirs; without "
+        "it every hundredth document is kept aside",
+        comma=True,
     )
     scripts: list[str] = option(
         [],
-        help="comma-separated Unicode scripts, e.g. Han; pieces.jsonl keeps to them and to "
-        "non-ASCII punctuation, so that it cannot change how English or code is segmented",
+        help="comma-separated Unicode scripts, e.g. Han; pieces keep to them and to non-ASCII "
+        "punctuation, so that they cannot change how English or code is segmented",
         comma=True,
     )
-    num_threads: int = option(4, help="threads; the result does not depend on it")
+    calibration: str | None = option(
+        None,
+        help="merging SentencePiece tokenizers: which ratio of the scores of common pieces puts "
+        "the other's scores on the source's scale (mean if not given)",
+        choices=("mean", "min", "max"),
+    )
+    num_threads: int = option(4, help="threads from scratch; the result does not depend on it")
     overwrite: bool = option(False, help="replace target_tokenizer_dir if it exists")
 
     def problems(self) -> list[str]:
-        found = []
-        if not self.data_input_dirs:
-            found.append("--data_input_dirs is empty")
-        if not 0 < self.character_coverage <= 1:
+        found = self._problems_of_mode()
+        if self.character_coverage is not None and not 0 < self.character_coverage <= 1:
             found.append("--character_coverage must be above 0 and at most 1")
-        if self.max_sentence_length < 64:
+        if self.max_sentence_length is not None and self.max_sentence_length < 64:
             found.append("--max_sentence_length must be at least 64")
-        for name in ("vocab_size", "num_threads"):
-            if getattr(self, name) < 1:
+        if self.max_line_length < self.min_line_length:
+            found.append("--max_line_length must be at least --min_line_length")
+        for name in (
+            *("vocab_size", "num_new_pieces", "num_threads", "max_piece_length"),
+            *("min_line_length", "max_training_bytes"),
+        ):
+            if (value := getattr(self, name)) is not None and value < 1:
                 found.append(f"--{name} must be positive")
         found += [
             f"--scripts: {script} is not a Unicode script; use names like Han, Hangul, Cyrillic"
             for script in self.scripts
-            if not _is_script(script)
+            if not is_script(script)
         ]
         return found
 
+    def _problems_of_mode(self) -> list[str]:
+        """What this mode needs and has not got, and what it got and does not read."""
+        unread: tuple[str, ...]
+        if self.source_tokenizer_dir is None:
+            found = [] if self.data_input_dirs else ["--data_input_dirs is required"]
+            unread, why = _NOT_FROM_SCRATCH, "needs --source_tokenizer_dir"
+        elif self.merge_tokenizer_dir is None:
+            found = [
+                f"--{name} is required with --source_tokenizer_dir"
+                for name in ("data_input_dirs", "num_new_pieces")
+                if not getattr(self, name)
+            ]
+            unread, why = (
+                (*_ONLY_FROM_SCRATCH, "calibration"),
+                "is not read when a tokenizer is continued from text",
+            )
+        else:
+            found = []
+            unread, why = (
+                (*_ONLY_FROM_SCRATCH, *_NOT_MERGING),
+                "is not read with --merge_tokenizer_dir",
+            )
+        places = [self.source_tokenizer_dir, self.merge_tokenizer_dir]
+        if self.target_tokenizer_dir.resolve() in [path.resolve() for path in places if path]:
+            found.append("--target_tokenizer_dir must not be one of the tokenizers read")
+        given = (name for name in unread if getattr(self, name) not in (None, []))
+        return found + [f"--{name} {why}" for name in given]
+
 
 def train_tokenizer(options: TrainTokenizerOptions) -> None:
-    """Writes a Llama tokenizer directory, and ``pieces.jsonl`` in it.
+    """Writes a tokenizer directory with ``pieces.jsonl`` and the compression curve in it.
 
     Raises:
-        DataError: unreadable text, or a vocabulary size that the text cannot fill.
+        DataError: unreadable text or tokenizers, or a vocabulary size that the text cannot fill.
     """
-    from colossal_llama.tokenizer import directory, fast_tokenizer
-    from colossal_llama.tokenizer.corpus import text_files
+    from colossal_llama.tokenizer.directory import read_tokenizer
+    from colossal_llama.tokenizer.growth import write_grown
 
     refuse_existing(options.target_tokenizer_dir, overwrite=options.overwrite)
-    model = learn(text_files(options.data_input_dirs), options)
-    pieces = learned_pieces(model, options.scripts)
+    if options.source_tokenizer_dir is None:
+        _from_scratch(options)
+        return
+    source = read_tokenizer(options.source_tokenizer_dir)
+    if options.merge_tokenizer_dir is None:
+        growth, held_out = _continued(options, source)
+    else:
+        growth, held_out = _merged(options, source, options.merge_tokenizer_dir)
+    target, overwrite = options.target_tokenizer_dir, options.overwrite
+    print(write_grown(source, growth, held_out, target, overwrite=overwrite))
+
+
+def _from_scratch(options: TrainTokenizerOptions) -> None:
+    from colossal_llama.tokenizer import compression, fast_tokenizer, from_scratch
+    from colossal_llama.tokenizer.charsets import required_characters
+    from colossal_llama.tokenizer.extension_report import write_pieces
+    from colossal_llama.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    settings = _settings(options)
+    characters = required_characters(list(settings.required_chars))
+    sample, held_out = _read_text(options)
+    print(f"learning {settings.vocab_size} pieces ...", file=sys.stderr, flush=True)
+    model = from_scratch.learn(sample.lines.texts, settings, characters, options.num_threads)
+    pieces = from_scratch.learned_pieces(model, script_filter(options.scripts))
+    merged = from_scratch.merged_pieces(model)
+    least = len(model.pieces) - len(merged)
     with atomic_directory(options.target_tokenizer_dir, overwrite=options.overwrite) as target:
         (target / "tokenizer.model").write_bytes(model.SerializeToString(deterministic=True))
         fast = fast_tokenizer.convert(target, model)
-        directory.write_tokenizer(target, model, fast, settings_from=None)
-        lines = (json.dumps({"piece": piece}, ensure_ascii=False) + "\n" for piece in pieces)
-        (target / "pieces.jsonl").write_text("".join(lines), encoding="utf-8")
+        SentencePieceTokenizer(target, model, fast, {}).write(target, settings_from=None)
+        write_pieces(target, pieces)
+        points = compression.curve(
+            lambda size: from_scratch.without_pieces(fast, merged[size - least :]),
+            [least + number for number in compression.sizes(len(merged))],
+            held_out,
+        )
+        compression.write(points, held_out, "vocabulary", target)
     print(
         f"{options.target_tokenizer_dir}: a tokenizer of {len(model.pieces)} pieces, "
-        f"{len(pieces)} of them in pieces.jsonl"
+        f"{len(pieces)} of them in pieces.jsonl; {sample.summary()}"
     )
+    print(compression.table(points, "vocabulary"))
 
 
-def learn(files: Iterable[Path], options: TrainTokenizerOptions) -> Any:
-    """The learned SentencePiece model (a ModelProto).
+def _settings(options: TrainTokenizerOptions) -> Settings:
+    """The preset's, overridden by the flags that were given."""
+    preset = PRESETS[options.preset or "llama"].settings
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(Settings)
+        if getattr(options, field.name) not in (None, [])
+    }
+    given["required_chars"] = tuple(options.required_chars) or preset.required_chars
+    given["user_defined_symbols"] = _symbols(options) or preset.user_defined_symbols
+    return dataclasses.replace(preset, **given)
 
-    Settings as in Llama's own tokenizer.model, read from its trainer_spec. The paths are left
-    out, so that the same text gives the same bytes wherever it lies.
+
+def _symbols(options: TrainTokenizerOptions) -> tuple[str, ...]:
+    """The user-defined symbols, from the flag or from the file that it names.
+
+    Raises:
+        DataError: one of them cannot be a piece.
     """
-    from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
+    from colossal_llama.storage import read_lines
+    from colossal_llama.tokenizer.piece_list import problem_of
 
-    written, failures = io.BytesIO(), list[BaseException]()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=_guarded(_sentences(files, options.max_sentence_length), failures),
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=options.vocab_size,
-            character_coverage=options.character_coverage,
-            max_sentence_length=options.max_sentence_length,
-            num_threads=options.num_threads,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if failures:
-            raise failures[0] from None
-        raise DataError(_explain(str(error), options)) from None
-    if failures:
-        raise failures[0]
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(written.getvalue())
-    model.trainer_spec.ClearField("num_threads")
-    return model
+    symbols, where = options.user_defined_symbols, "--user_defined_symbols"
+    if len(symbols) == 1 and Path(symbols[0]).is_file():
+        where = symbols[0]
+        symbols = [line.rstrip("\r\n") for _, line in read_lines(Path(where))]
+    for symbol in symbols:
+        if problem := problem_of(symbol):
+            raise DataError(f"{where}: the symbol {symbol!r} {problem}")
+    return tuple(dict.fromkeys(symbols))
 
 
-def _sentences(files: Iterable[Path], max_bytes: int) -> Iterator[str]:
-    from tqdm import tqdm
+def _read_text(options: TrainTokenizerOptions) -> tuple[Sample, EvenSample]:
+    """The text to learn from and the documents to measure on.
 
-    from colossal_llama.tokenizer.corpus import documents
-
-    width = max_bytes // 4  # a character has at most four bytes
-    with tqdm(desc="reading text", unit=" documents", delay=1) as progress:
-        for path in files:
-            for document in documents(path):
-                progress.update()
-                for line in _SENTENCE_END.split(document):
-                    if len(line.encode("utf-8", "replace")) <= max_bytes:
-                        cuts = [line] if line else []
-                    else:
-                        cuts = [line[at : at + width] for at in range(0, len(line), width)]
-                    yield from cuts
-    print(f"learning from {progress.n} documents ...", file=sys.stderr, flush=True)
-
-
-def _guarded(sentences: Iterator[str], failures: list[BaseException]) -> Iterator[str]:
-    """Keeps an exception for later: SentencePiece, which calls us, would lose it."""
-    try:
-        yield from sentences
-    except BaseException as error:
-        failures.append(error)
-
-
-def _explain(message: str, options: TrainTokenizerOptions) -> str:
-    """SentencePiece's error in terms of our flags."""
-    if match := re.search(r"Vocabulary size too high .*<= (\d+)", message):
-        return (
-            f"--vocab_size {options.vocab_size} is more than this text can fill; "
-            f"it allows at most {match[1]}"
-        )
-    if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
-        return (
-            f"--vocab_size {options.vocab_size} is too small for the characters of this text; "
-            f"it needs at least {match[1]}, or a lower --character_coverage"
-        )
-    if "sentences_.empty()" in message:
-        return "the files named by --data_input_dirs hold no text"
-    return f"SentencePiece could not learn from this text: {message}"
-
-
-def learned_pieces(model: Any, scripts: list[str]) -> list[str]:
-    """The pieces that ``init_tokenizer.py`` can add elsewhere: merged ones in the order in which
-    they were learned, then single characters; with ``scripts`` only those of these scripts.
+    Raises:
+        DataError: there is nothing to learn from.
     """
-    from colossal_llama.tokenizer.extension import problem_of
-    from colossal_llama.tokenizer.sentencepiece_model import normal_pieces
+    from colossal_llama.tokenizer.corpus import read_held_out, read_sample, text_files
 
-    pieces = [piece for piece in normal_pieces(model) if problem_of(piece) is None]
-    if scripts:
-        allowed = _allowed(scripts)
-        pieces = [piece for piece in pieces if allowed.fullmatch(piece)]
-    return [p for p in pieces if len(p) > 1] + [p for p in pieces if len(p) == 1]
+    given = read_held_out(options.heldout_input_dirs) if options.heldout_input_dirs else None
+    sample = read_sample(
+        text_files(options.data_input_dirs),
+        min_line_length=options.min_line_length,
+        max_line_length=options.max_line_length,
+        max_bytes=options.max_training_bytes,
+        hold_out=given is None,
+    )
+    if not sample.lines.texts:
+        lines = f"line of {options.min_line_length} characters (--min_line_length)"
+        what = lines if sample.short_lines else "text"
+        raise DataError(f"the files named by --data_input_dirs hold no {what}")
+    return sample, sample.held_out if given is None else given
 
 
-def _allowed(scripts: list[str]) -> Any:
-    import regex
+def _continued(
+    options: TrainTokenizerOptions, source: ExtensibleTokenizer
+) -> tuple[Growth, EvenSample]:
+    from colossal_llama.tokenizer.charsets import required_characters
+    from colossal_llama.tokenizer.continued_bpe import learn
+    from colossal_llama.tokenizer.growth import Growth
+    from colossal_llama.tokenizer.piece_list import new_characters
 
-    members = "".join(rf"\p{{Script={script}}}" for script in scripts)
-    shared = r"[[\p{Script=Common}\p{Script=Inherited}]&&\p{Punctuation}--[\x00-\x7f]]"
-    return regex.compile(rf"(?:[{members}]|{shared})+", regex.VERSION1)
+    assert options.num_new_pieces is not None, "problems() asks for it"
+    required = new_characters(required_characters(options.required_chars), source)
+    sample, held_out = _read_text(options)
+    learned = learn(
+        source,
+        sample.lines.texts,
+        options.num_new_pieces,
+        scripts=script_filter(options.scripts),
+        required=required,
+        coverage=options.character_coverage or 0.9995,
+        max_length=options.max_piece_length or 16,
+    )
+    print(sample.summary())
+    if len(learned) < options.num_new_pieces:
+        print(f"the text has no more than {len(learned)} new pieces that occur twice")
+    characters = sum(len(source.text(piece)) == 1 for piece in learned)
+    counts = {"characters": characters, "merges": len(learned) - characters}
+    return Growth(learned, report={"learned": counts}), held_out
 
 
-def _is_script(name: str) -> bool:
-    import regex
+def _merged(
+    options: TrainTokenizerOptions, source: ExtensibleTokenizer, directory: Path
+) -> tuple[Growth, EvenSample]:
+    from colossal_llama.tokenizer import other_vocabulary
+    from colossal_llama.tokenizer.calibration import calibrate
+    from colossal_llama.tokenizer.continued_bpe import usable_in
+    from colossal_llama.tokenizer.corpus import read_held_out
+    from colossal_llama.tokenizer.growth import Growth
+    from colossal_llama.tokenizer.sentencepiece_tokenizer import SentencePieceTokenizer
 
-    try:
-        regex.compile(rf"\p{{Script={name}}}")
-    except regex.error:
-        return False
-    return True
+    held_out = read_held_out(options.heldout_input_dirs)
+    other = other_vocabulary.read_vocabulary(directory)
+    pieces, symbols = other_vocabulary.lacking(
+        source, other, script_filter(options.scripts), usable_in(source)
+    )
+    report: dict[str, Any] = {"pieces_lacking": len(pieces)}
+    scores = None
+    if other.has_scores and isinstance(source, SentencePieceTokenizer):
+        how = options.calibration or "mean"
+        found = calibrate(source, directory, how)
+        scores = found.scores
+        report["calibration"] = {
+            "from": str(directory),
+            "ratio": found.ratio,
+            "ratio_is_the": how,
+            "pieces_known_to_both": found.known,
+        }
+    elif options.calibration is not None:
+        raise DataError("--calibration: a byte-level BPE tokenizer has no scores; leave it out")
+    print(f"{directory}: {len(pieces)} pieces that {source.path} lacks")
+    pieces = pieces[: options.num_new_pieces]
+    return Growth(pieces, symbols, scores, "repair", {"merge": report}), held_out
 
 
 if __name__ == "__main__":

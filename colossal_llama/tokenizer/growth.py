@@ -1,0 +1,78 @@
+"""A tokenizer extended by pieces of falling importance, with what each number of them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from colossal_llama.storage import atomic_directory
+from colossal_llama.tokenizer import compression, extension_report
+from colossal_llama.tokenizer.corpus import EvenSample
+from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
+from colossal_llama.tokenizer.extension import Extension, extend
+from colossal_llama.tokenizer.piece_list import SPACE
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What a tokenizer gets."""
+
+    pieces: list[str]  # in its spelling, most important first
+    symbols: Sequence[str] = ()
+    scores: Mapping[str, float] | None = None
+    # Merges of its own pieces need no repair; the few that another split of the same piece
+    # keeps from being produced are left out.
+    on_unreachable: str = "drop"
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def write_grown(
+    source: ExtensibleTokenizer,
+    growth: Growth,
+    held_out: EvenSample,
+    target: Path,
+    *,
+    overwrite: bool,
+) -> str:
+    """Writes the extended tokenizer, its report, ``pieces.jsonl`` and the compression curve.
+
+    Returns:
+        A summary for the terminal.
+
+    Raises:
+        DataError: some pieces stay out of reach.
+    """
+    whole = _extended(source, growth, len(growth.pieces))
+    gone = set(whole.dropped)
+    listed = [source.text(piece) for piece in growth.pieces if piece not in gone]
+
+    def fast(count: int) -> dict[str, Any]:
+        if count == 0:
+            return source.fast
+        short = whole if count == len(growth.pieces) else _extended(source, growth, count)
+        return short.tokenizer.fast
+
+    numbers = compression.sizes(len(growth.pieces))
+    points = compression.curve(fast, numbers, held_out)
+    report = {**extension_report.describe(source, whole), **growth.report}
+    with atomic_directory(target, overwrite=overwrite) as temporary:
+        extension_report.write_into(whole, report, temporary)
+        # A cut character is no text: whoever adds the list elsewhere gets these steps by repair.
+        texts = (text.replace(" ", SPACE) for text in listed if "\ufffd" not in text)
+        extension_report.write_pieces(temporary, texts)
+        compression.write(points, held_out, "new pieces", temporary)
+    return "\n".join(
+        [extension_report.summary(target, report), compression.table(points, "new pieces")]
+    )
+
+
+def _extended(source: ExtensibleTokenizer, growth: Growth, count: int) -> Extension:
+    return extend(
+        source,
+        growth.pieces[:count],
+        scores=growth.scores,
+        symbols=growth.symbols,
+        on_unreachable=growth.on_unreachable,
+    )
