@@ -287,7 +287,8 @@ def _write_numbers(
     import torch
 
     rounded = block.to(getattr(torch, FLOATS[dtype])).contiguous()
-    if (torch.isfinite(block) & ~torch.isfinite(rounded)).any():
+    finite = torch.isfinite(rounded)
+    if not finite.all() and (torch.isfinite(block) & ~finite).any():
         raise DataError(
             f"{name}: it holds {block.abs().max().item():.3g}, too large for {FLOATS[dtype]}; "
             "give --dtype bfloat16 or float32"
