@@ -93,8 +93,12 @@ def _check_ids(directory: Path, fast: dict[str, Any], added: dict[int, str]) -> 
         loaded = load(fast)
     except Exception as error:  # the library raises nothing more special
         raise DataError(f"{where}: not a tokenizer: {error}") from None
-    names = {key: piece for piece, key in fast["model"]["vocab"].items()} | added
-    for key, name in sorted(names.items()):
+    names = dict[int, str]()
+    vocabulary = ((key, name) for name, key in fast["model"]["vocab"].items())
+    for key, name in (*vocabulary, *added.items()):
+        if names.setdefault(key, name) != name:
+            raise DataError(f"{where}: id {key} is both {names[key]!r} and {name!r}; {_RENEW}")
+    for key, name in names.items():
         if loaded.id_to_token(key) != name or loaded.token_to_id(name) != key:
             raise DataError(
                 f"{directory}: {name!r} is id {key} by its files, but {loaded.token_to_id(name)} "
