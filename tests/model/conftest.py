@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from colossal_llama import command
 from colossal_llama.tokenizer.init_tokenizer import InitTokenizerOptions, init_tokenizer
 from colossal_llama.tokenizer.train_tokenizer import TrainTokenizerOptions, train_tokenizer
+from tests.model.converting import SHAPE
 
 NEW_PIECES = ["你好", "世界", "你好世界", "，", "▁señor", "▁functional", "程序"]
 
@@ -36,3 +41,27 @@ def new_tokenizer(old_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory)
     flags += ["--target_tokenizer_dir", directory / "tokenizer"]
     assert command.run(InitTokenizerOptions, init_tokenizer, list(map(str, flags))) == 0
     return directory / "tokenizer"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[..., Path]:
+    """Writes the shape of this file's models as a config.json somewhere else."""
+
+    def write(**changes: object) -> Path:
+        path = tmp_path / "settings" / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(SHAPE.config(**changes)), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def original(old_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face model with its tokenizer, that others have wrapped and saved."""
+    path = tmp_path_factory.mktemp("original") / "model"
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(**SHAPE.config(initializer_range=0.3))
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    shutil.copytree(old_tokenizer, path, dirs_exist_ok=True)
+    return path
