@@ -1,4 +1,4 @@
-"""New embedding rows against an independent computation; everything old bit by bit as it was."""
+"""The whole command: new rows as promised, everything old bit by bit as it was."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from colossal_llama import command
 from colossal_llama.model.init_model import InitModelOptions, init_model
+from colossal_llama.model.strategies import STRATEGIES
+from colossal_llama.tokenizer.init_tokenizer import InitTokenizerOptions, init_tokenizer
 from colossal_llama.tokenizer.sentencepiece_model import read_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "colossal_llama" / "model" / "init_model.py"
@@ -32,12 +35,13 @@ def init(**flags: object) -> int:
     return command.run(InitModelOptions, init_model, given)
 
 
-def extend(source: Path, tokenizer: Path, target: Path) -> int:
+def extend(source: Path, tokenizer: Path, target: Path, **flags: object) -> int:
     """The usual call: a source model and an extended tokenizer give a target model."""
     return init(
         source_model_and_tokenizer_path=source,
         target_tokenizer_path=tokenizer,
         target_model_path=target,
+        **flags,
     )
 
 
@@ -149,6 +153,127 @@ def test_transformers_loads_it_and_old_text_has_its_logits(
         assert index["weight_map"].keys() == tensors(target).keys()
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_and_seeds(
+    strategy: str, make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
+) -> None:
+    source = make_source(dtype="bfloat16")
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        flags = {"init_strategy": strategy, "seed": seed}
+        assert extend(source, new_tokenizer, tmp_path / name, **flags) == 0
+    first, again, other = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("a", "b", "c")
+    )
+    assert first == again
+    assert (first == other) == strategy.startswith("mean")
+    old, new = tensors(source), tensors(tmp_path / "a")
+    rows = [new[f"{name}.weight"][OLD_SIZE:] for name in ("model.embed_tokens", "lm_head")]
+    assert not (rows[0] == rows[1]).all(1).any()  # two matrices, not one drawn twice
+    for name, tensor in old.items():
+        assert torch.equal(new[name][: len(tensor)], tensor)
+        assert torch.isfinite(new[name]).all()
+
+
+def test_a_tied_model_with_two_matrices_on_disk_gets_the_same_rows(
+    make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
+) -> None:
+    source = make_source(tie_word_embeddings=True)
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert extend(source, new_tokenizer, tmp_path / "target", init_strategy="random") == 0
+    new = tensors(tmp_path / "target")
+    assert torch.equal(new["lm_head.weight"], new["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shard_size", ["5GB", "60KB"])
+def test_a_new_type(
+    dtype: str,
+    shard_size: str,
+    make_source: Callable[..., Path],
+    new_tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    source, target = make_source(shard_size=shard_size), tmp_path / "target"
+    assert extend(source, new_tokenizer, target, dtype=dtype) == 0
+    old, new = tensors(source), tensors(target)
+    for name, tensor in old.items():
+        assert new[name].dtype == DTYPES[dtype]
+        kept = OLD_SIZE if name in ("model.embed_tokens.weight", "lm_head.weight") else len(tensor)
+        assert torch.equal(new[name][:kept], tensor[:kept].to(DTYPES[dtype]))
+    model, _ = _load(target)
+    assert model.dtype == DTYPES[dtype]
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == dtype
+
+
+def test_verification_in_the_real_command(
+    make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
+) -> None:
+    source, target = make_source(shard_size="60KB", dtype="bfloat16", rows=768), tmp_path / "target"
+    flags = ["--source_model_and_tokenizer_path", source, "--target_model_path", target]
+    flags += ["--target_tokenizer_path", new_tokenizer, "--verify", "The with statement."]
+    argv = list(map(str, [sys.executable, SCRIPT, *flags]))
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte on 19 bytes" in done.stdout
+    assert "identical" in done.stdout
+    assert target.is_dir()
+
+
+def test_verification_of_new_text_in_a_file(
+    make_source: Callable[..., Path],
+    new_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def f(): return 1\n你好世界\n", encoding="utf-8")
+    assert extend(make_source(), new_tokenizer, tmp_path / "target", verify=text) == 0
+    printed = capsys.readouterr().out
+    assert "bits per byte on 29 bytes" in printed
+    assert "1 of them new pieces" in printed
+    assert "identical" not in printed
+
+
+def test_a_failed_verification_leaves_nothing(
+    make_source: Callable[..., Path],
+    new_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = make_source()
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    assert extend(source, new_tokenizer, tmp_path / "target", verify="Some text.") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_symbols_and_padding_of_a_real_extension(
+    make_source: Callable[..., Path], old_tokenizer: Path, tmp_path: Path
+) -> None:
+    """init_tokenizer.py's symbols are what they read; its padding is the mean of all."""
+    pieces = tmp_path / "pieces.jsonl"
+    lines = ({"piece": "<h1>", "type": "user_defined"}, {"piece": "你好"})
+    pieces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = ["--source_tokenizer_dir", old_tokenizer, "--expand_tokens_file", pieces]
+    flags += ["--target_tokenizer_dir", tmp_path / "tokenizer", "--pad_vocab_to_multiple_of", 128]
+    assert command.run(InitTokenizerOptions, init_tokenizer, list(map(str, flags))) == 0
+    source, target = make_source(), tmp_path / "target"
+    assert extend(source, tmp_path / "tokenizer", target) == 0
+    old, new = (tensors(d)["lm_head.weight"] for d in (source, target))
+    assert new.shape[0] == 768
+    model = read_model(tmp_path / "tokenizer" / "tokenizer.model")
+    names = {entry.piece: key for key, entry in enumerate(model.pieces)}
+    for piece in ("<h1>", "你好"):
+        wanted = expected_row(piece, old, old_tokenizer)
+        torch.testing.assert_close(new[names[piece]].double(), wanted, rtol=1e-6, atol=1e-6)
+    padding = [row for row in new[OLD_SIZE:] if torch.allclose(row, old.mean(0), atol=1e-6)]
+    assert len(padding) == sum(entry.type == 5 for entry in model.pieces) > 0
+
+
 def test_only_files_with_embeddings_are_rewritten(
     make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +335,12 @@ def _swap_ids(source: Path) -> None:
     (source / "tokenizer.json").write_text(json.dumps(fast), encoding="utf-8")
 
 
+def _quantise(source: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+
+
 def _no_tokenizer(source: Path) -> None:
     for path in source.glob("token*"):
         path.unlink()
@@ -222,6 +353,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "cut weights": (_cut_weights, ("model.safetensors", "not a complete")),
     "pickles": (_pickle_weights, (".bin", "save_pretrained")),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), ("no weights",)),
+    "quantised": (_quantise, ("lm_head.weight is a F8_E4M3 tensor", "not quantised")),
     "tokenizer too large": (_add_token, ("701 ids", "700 rows")),
     "other tokenizer": (_swap_ids, ("not an extension", "'a'", "'b'")),
     "no tokenizer": (_no_tokenizer, ("no tokenizer here",)),
@@ -315,6 +447,11 @@ def test_the_seed_decides_the_weights(old_tokenizer: Path, tmp_path: Path) -> No
         ({"preset": "missing.json"}, "missing.json"),
         ({"preset": "tiny", "source_model_and_tokenizer_path": "x"}, "either"),
         ({"preset": "tiny", "dtype": "int8"}, "--dtype"),
+        ({"preset": "tiny", "verify": "text"}, "--verify goes with --source"),
+        ({"preset": "tiny", "init_strategy": "random"}, "--init_strategy goes with --source"),
+        ({"source_model_and_tokenizer_path": "x", "verify": "no.txt"}, "no.txt: no such file"),
+        ({"source_model_and_tokenizer_path": "x", "verify": ""}, "--verify is empty"),
+        ({"source_model_and_tokenizer_path": "x", "init_strategy": "best"}, "--init_strategy"),
     ],
 )
 def test_flag_mistakes(

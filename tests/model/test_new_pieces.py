@@ -12,9 +12,12 @@ import pytest
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from colossal_llama import command
 from colossal_llama.errors import DataError
 from colossal_llama.model.new_pieces import NewPieces, find_new_pieces
 from colossal_llama.tokenizer.fast_tokenizer import load
+from colossal_llama.tokenizer.fingerprint import id_to_piece
+from colossal_llama.tokenizer.init_tokenizer import InitTokenizerOptions, init_tokenizer
 
 # What GPT-2's vocabulary spells for these bytes.
 NI, HAO = "ä½ł", "å¥½"
@@ -96,6 +99,34 @@ def test_added_tokens_are_what_they_read(
     assert byte_level["model"]["vocab"]["Ġstatement"] in found.bags[1]
     assert byte_level["model"]["vocab"]["<|end|>"] not in found.bags[3]
     assert found.texts == ["xyzzy", None, None, None]
+
+
+def test_a_real_extension_of_a_byte_level_tokenizer(
+    byte_level: dict[str, Any], tmp_path: Path
+) -> None:
+    """Pieces, the steps to them, symbols and padding as init_tokenizer.py writes them."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    text = json.dumps(byte_level).replace('"add_prefix_space": true', '"add_prefix_space": false')
+    (source / "tokenizer.json").write_text(text, encoding="utf-8")
+    lines = ({"piece": "你好"}, {"piece": "▁functional"}, {"piece": "<h1>", "type": "user_defined"})
+    pieces = tmp_path / "pieces.jsonl"
+    pieces.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    flags = ["--source_tokenizer_dir", source, "--target_tokenizer_dir", target]
+    flags += ["--expand_tokens_file", pieces, "--pad_vocab_to_multiple_of", 64]
+    assert command.run(InitTokenizerOptions, init_tokenizer, list(map(str, flags))) == 0
+    found = find_new_pieces(source, target)
+    ids = id_to_piece(target)
+    old = {key: piece for piece, key in byte_level["model"]["vocab"].items()}
+    spelled = {
+        ids[found.old_size + at]: "".join(old[key] for key in bag)
+        for at, bag in enumerate(found.bags)
+    }
+    assert {NI + HAO, NI, HAO, "Ġfunctional", "<h1>"} <= spelled.keys()
+    padding = [piece for piece, bag in spelled.items() if not bag]
+    assert all(spelled[piece] == piece for piece in spelled if piece not in padding)
+    assert padding
+    assert all("unused" in str(piece) for piece in padding)
 
 
 def test_padding_has_no_bag(compare: Callable[..., NewPieces]) -> None:
