@@ -64,7 +64,7 @@ def read_checkpoint(place: Path) -> dict[str, StoredTensor]:
             if name in found:
                 raise DataError(
                     f"{file}: {name} is also in {found[name].file.name}; the files belong to "
-                    "different checkpoints or to tensor parallel ranks; name one file"
+                    "different checkpoints; name one file"
                 )
             found[name] = tensor
     for name, file_name in named.items():
