@@ -32,14 +32,15 @@ def unreachable_count(half: HalfFigures) -> int | None:
     return None if half.unreachable is None else len(half.unreachable)
 
 
-def difference(figures: TokenizerFigures) -> str:
-    """Where the halves first differ: file, document, the pieces of both; "" if they never do."""
+def difference(figures: TokenizerFigures) -> dict[str, str]:
+    """Where the halves first differ, and the pieces of both there; empty if they never do."""
     found = figures.agreement.first_difference if figures.agreement else None
     if not found:
-        return ""
-    slow, fast = (visible("|".join(found[name])) for name in ("slow", "fast"))
-    where = f"{found['file']}, document {found['document']}, token {found['token']}"
-    return f"{where}: slow {slow}, fast {fast}"
+        return {}
+    return {
+        "where": f"{found['file']}, document {found['document']}, token {found['token']}",
+        **{name: visible("|".join(found[name])) for name in ("slow", "fast")},
+    }
 
 
 def shortened(piece: str) -> str:

@@ -165,7 +165,8 @@ def _print_examples(analysis: Analysis, console: Console) -> None:
                 more = "  ..." if len(half.unreachable) > _EXAMPLES else ""
                 console.print(_plain(f"unreachable in {figures.name} ({name}):  {shown}{more}"))
         if found := difference(figures):
-            console.print(_plain(f"first difference in {figures.name}: {found}"))
+            text = "{where}: slow {slow}, fast {fast}".format_map(found)
+            console.print(_plain(f"first difference in {figures.name}: {text}"))
     console.print()
 
 

@@ -172,7 +172,6 @@ class FastHalf:
         special = {int(t["id"]) for t in content.get("added_tokens") or [] if t.get("special")}
         special |= {self._vocabulary[self._unknown]} if self._unknown in self._vocabulary else set()
         self.producible = (set(self._vocabulary.values()) | set(added)) - special
-        self._tokens = set(added)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -197,7 +196,6 @@ class FastHalf:
             piece: key
             for piece, key in self._vocabulary.items()
             if key in self.producible
-            and key not in self._tokens
             and not (model.get("byte_fallback") and _BYTE_PIECE.fullmatch(piece))
         }
         texts = {piece: self._text(piece) for piece in pieces}
@@ -299,13 +297,12 @@ def _without_prefix(content: dict[str, Any], *, look_up: bool) -> dict[str, Any]
             step["prepend_scheme"] = "never"
         return step
 
-    normalizer = None if _is_prefix(content.get("normalizer")) else content.get("normalizer")
     model = content["model"]
     if not look_up and model.get("ignore_merges"):
         model = {**model, "ignore_merges": False}
     return {
         **content,
-        "normalizer": strip(normalizer),
+        "normalizer": strip(content.get("normalizer")),
         "pre_tokenizer": strip(content.get("pre_tokenizer")),
         "model": model,
     }

@@ -26,7 +26,9 @@ def files(english: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[
     """Two files: lines of text, and JSON lines with texts of several lines."""
     root = tmp_path_factory.mktemp("texts")
     lines = [line for text in english[:12] for line in text.splitlines() if line.strip()]
-    (root / "lines.txt").write_text("\n".join([*lines, "依山 é 🙂"]) + "\n", encoding="utf-8")
+    (root / "lines.txt").write_text(
+        "\n".join(["####", "##", *lines, "依山 é 🙂"]) + "\n", encoding="utf-8"
+    )
     records = (json.dumps({"source": "> ", "target": text}) for text in english[12:40])
     (root / "texts.jsonl").write_text("\n".join(records), encoding="utf-8")
     return [root / "lines.txt", root / "texts.jsonl"]
@@ -84,8 +86,13 @@ def test_batches_by_size_lose_nothing(
 
 
 def test_disagreement_is_counted_and_its_first_place_shown(
-    small: Path, damaged: Path, files: list[Path], texts: list[list[str]]
+    small: Path,
+    damaged: Path,
+    files: list[Path],
+    texts: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(analysis, "_BATCH_DOCUMENTS", 2)
     slow = SentencePieceProcessor(model_file=str(damaged / "tokenizer.model"))
     fast = Tokenizer.from_file(str(damaged / "tokenizer.json"))
     differ = [
@@ -102,7 +109,7 @@ def test_disagreement_is_counted_and_its_first_place_shown(
     place, number = differ[0]
     text, at = texts[place][number], found.first_difference["token"]
     assert found.first_difference["file"] == files[place].name
-    assert found.first_difference["document"] == number + 1
+    assert found.first_difference["document"] == number + 1 > 2
     shown = [found.first_difference[half] for half in ("slow", "fast")]
     all_ = [slow.encode(text, out_type=str), fast.encode(text, add_special_tokens=False).tokens]
     start = max(0, at - 1)

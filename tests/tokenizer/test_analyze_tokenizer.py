@@ -187,8 +187,8 @@ def test_same_input_gives_the_same_bytes(
     ]
 
 
-def test_baseline_from_outside_the_list_joins_it(
-    small: Path, strange: Path, text: Path, tmp_path: Path
+def test_baseline_from_outside_the_list_joins_it_and_results_are_not_overwritten(
+    small: Path, strange: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags: list[Any] = ["--tokenizer_dirs", small, "--baseline", strange]
     flags += ["--data_input_dirs", text, "--sentence", STRANGE, "--output_dir", tmp_path / "out"]
@@ -196,7 +196,9 @@ def test_baseline_from_outside_the_list_joins_it(
     found = json.loads((tmp_path / "out" / "analysis.json").read_text(encoding="utf-8"))
     assert found["baseline"] == STRANGE
     assert [one["name"] for one in found["tokenizers"]] == [STRANGE, small.name]
+    capsys.readouterr()
     assert analyze(*flags) == 2
+    assert capsys.readouterr().out == ""  # refused before anything was measured
     assert analyze(*flags, "--overwrite") == 0
     page = _Page((tmp_path / "out" / "analysis.html").read_text(encoding="utf-8"))
     assert "img" not in {tag for tag, _ in page.tags}

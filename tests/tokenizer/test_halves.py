@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from colossal_llama.errors import DataError
 from colossal_llama.tokenizer.halves import byte_alphabet, open_tokenizer
-from colossal_llama.tokenizer.sentencepiece_model import USER_DEFINED, parse_model
+from colossal_llama.tokenizer.neighbours import NEIGHBOURS
+from colossal_llama.tokenizer.sentencepiece_model import NORMAL, USER_DEFINED, parse_model
 
 TEXT = "the naïve 依山 reader  reads [1, 23]\n\tand 🙂"
 
@@ -186,6 +187,48 @@ def test_dead_pieces_are_found_in_both_halves_of_a_sentencepiece_model(
     # SentencePiece merges any two neighbours that are a piece together, known or not.
     assert opened.slow.unreachable() == ["zqzq"]
     assert opened.fast.unreachable() == ["zqzq", "依山"]
+
+
+@pytest.mark.parametrize("where", ["normalizer", "pre_tokenizer"])
+def test_prefix_makes_no_piece_unreachable(where: str, tmp_path: Path) -> None:
+    # After a prefix "ab" would become "▁a", "b"; other characters are not known at all.
+    vocabulary = {piece: key for key, piece in enumerate(["▁", "a", "b", "▁a", "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("a", "b")]))
+    if where == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    opened = open_tokenizer(save(tokenizer, tmp_path / "prefixed"))
+    assert opened.main.encode(["ab"]) == [[3, 2]]
+    assert opened.main.unreachable() == []
+
+
+def test_dummy_prefix_makes_no_piece_unreachable(tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = 2
+    model.normalizer_spec.add_dummy_prefix = True
+    model.pieces.add(piece="<unk>", type=2)
+    # "ab" would lose its "a" to the prefix, and to every neighbour that is tried.
+    pieces = [f"{before}a" for before in dict.fromkeys(["▁", *(one for one, _ in NEIGHBOURS)])]
+    characters = sorted(set("".join([*pieces, "b"])))
+    for piece in [*pieces, "ab", *characters]:
+        model.pieces.add(piece=piece, score=-float(len(model.pieces)), type=NORMAL)
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    opened = open_tokenizer(tmp_path)
+    assert "ab" not in {opened.pieces[key] for key in opened.main.encode(["ab"])[0]}
+    assert opened.main.unreachable() == []
+
+
+def test_piece_that_only_running_text_gives_is_reachable(tmp_path: Path) -> None:
+    # The first space of a text is lost, so " a" alone is "a".
+    vocabulary = {piece: key for key, piece in enumerate(["▁", "(", ")", "a", "b", "▁a"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")]))
+    steps = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    assert open_tokenizer(save(tokenizer, tmp_path / "words")).main.unreachable() == []
 
 
 def test_whole_word_look_up_hides_no_dead_piece(small: Path, tmp_path: Path) -> None:
