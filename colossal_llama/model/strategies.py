@@ -169,9 +169,10 @@ def _median_norms(old: OldEmbedding) -> dict[str | None, float]:
     """Script -> median norm of its old rows, for every script of a new piece."""
     import torch
 
-    norms = torch.cat(
-        [old.rows[at : at + _ROWS].float().norm(dim=1) for at in range(0, len(old.rows), _ROWS)]
-    )
+    norms = torch.empty(len(old.rows))
+    for at in range(0, len(old.rows), _ROWS):
+        block = old.rows[at : at + _ROWS].float()
+        torch.linalg.vector_norm(block, dim=1, out=norms[at : at + _ROWS])
     members: dict[str | None, list[int]] = {}
     for key, text in enumerate(old.pieces.old_texts):
         if text is not None:
