@@ -136,21 +136,24 @@ def test_memory_is_a_shard_and_not_the_model(old_tokenizer: Path, tmp_path: Path
         "import resource, sys; from pathlib import Path\n"
         "from colossal_llama.model import new_model, shard_writer\n"
         "shard_writer.SHARD_BYTES = 20_000_000\n"
-        "new_model.write(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), seed=1,"
+        "tokenizer, root = map(Path, sys.argv[1:])\n"
+        "for name in ('small', 'large'):\n"
+        "    new_model.write(root / f'{name}.json', tokenizer, root / name, seed=1,"
         " dtype='bfloat16')\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
-    peaks = []
-    for layers in (1, 25):
-        target = tmp_path / str(layers)
-        target.mkdir()
-        preset = tmp_path / f"{layers}.json"
-        big = {**TINY, "hidden_size": 768, "intermediate_size": 640}
-        preset.write_text(json.dumps({**big, "num_hidden_layers": layers}), encoding="utf-8")
-        command = [sys.executable, "-c", script, str(preset), str(old_tokenizer), str(target)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        peaks.append(int(done.stdout.split()[-1]) * 1024)
-    written = sum(path.stat().st_size for path in (tmp_path / "25").glob("*.safetensors"))
+    for name, layers in (("small", 1), ("large", 25)):
+        (tmp_path / name).mkdir()
+        fields = {**TINY, "hidden_size": 768, "intermediate_size": 640, "num_hidden_layers": layers}
+        (tmp_path / f"{name}.json").write_text(json.dumps(fields), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(old_tokenizer), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    small, large = (int(line) * 1024 for line in done.stdout.split())
+    written = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
     assert written > 160_000_000
-    assert peaks[1] - peaks[0] < 60_000_000
+    assert large - small < 60_000_000
