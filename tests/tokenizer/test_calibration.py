@@ -57,5 +57,5 @@ def test_what_has_no_ranks_is_refused(small: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.model").write_bytes(model.SerializeToString())
     with pytest.raises(DataError, match="no merged piece in common"):
         calibrate(source, tmp_path / "empty.model", "mean")
-    with pytest.raises(DataError, match="nothing.model: No such file"):
+    with pytest.raises(DataError, match=r"nothing\.model: No such file"):
         calibrate(source, tmp_path / "nothing.model", "mean")
