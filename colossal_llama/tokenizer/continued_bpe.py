@@ -17,6 +17,7 @@ BPE, which cuts every text so; in SentencePiece, which does not, what its own tr
 from __future__ import annotations
 
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ def learn(
     """
     cut, usable = _cutter(source, scripts), usable_in(source, max_length)
     known = set(source.pieces())
-    frequent = _frequent_characters(map(cut, lines), coverage)
+    frequent = _frequent_characters(lines, cut, coverage)
     spelled = (source.spell(character) for character in frequent if usable(character))
     new = [piece for piece in dict.fromkeys([*required, *spelled]) if piece not in known]
     grown = extend(source, new)
@@ -101,13 +102,18 @@ def _cutter(source: ExtensibleTokenizer, scripts: ScriptFilter | None) -> Callab
 
 
 def usable_in(source: ExtensibleTokenizer, max_length: float = inf) -> Callable[[str], bool]:
-    """Says of a text, with spaces as spaces, whether it can be a new piece of ``source``."""
+    """Says of a text, with spaces as spaces, whether it can be a new piece of ``source``.
+
+    No run of spaces: it would change every indented text.
+    """
     reserved = {text for text in source.reserved() if text}
     initials = {text[0] for text in reserved}
 
     def usable(text: str) -> bool:
         listed = text.replace(" ", SPACE)
-        if len(text) > max_length or problem_of(listed) or source.problem_of(listed):
+        if len(text) > max_length or not text.strip():
+            return False
+        if problem_of(listed) or source.problem_of(listed):
             return False
         spelled = source.spell(listed)
         return initials.isdisjoint(spelled) or not any(part in spelled for part in reserved)
@@ -115,13 +121,19 @@ def usable_in(source: ExtensibleTokenizer, max_length: float = inf) -> Callable[
     return usable
 
 
-def _frequent_characters(texts: Iterable[str], coverage: float) -> list[str]:
-    """The most frequent characters that together make up ``coverage`` of the text."""
+def _frequent_characters(
+    lines: Iterable[str], cut: Callable[[str], str], coverage: float
+) -> list[str]:
+    """The most frequent characters that make up ``coverage`` of the text that ``cut`` leaves."""
     counts = Counter[str]()
-    for text in texts:
-        counts.update(text)
-    for blank in (" ", _WORD_END):
-        counts.pop(blank, None)
+    for line in lines:
+        counts.update(line)
+    # A mark belongs to the letter before it, alone to nobody.
+    foreign = [
+        c for c in counts if not cut(c).strip() and not unicodedata.category(c).startswith("M")
+    ]
+    for character in foreign:
+        del counts[character]
     needed = coverage * counts.total()
     found, covered = list[str](), 0
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):

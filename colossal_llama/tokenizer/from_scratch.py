@@ -175,5 +175,10 @@ def without_pieces(fast: dict[str, Any], pieces: Iterable[str]) -> dict[str, Any
     This is what a smaller --vocab_size gives: its merges are the first of these.
     """
     gone = set(pieces)
-    merges = [m for m in fast["model"]["merges"] if "".join(m.split(" ", 1)) not in gone]
-    return {**fast, "model": {**fast["model"], "merges": merges, "ignore_merges": False}}
+    vocabulary = {p: key for p, key in fast["model"]["vocab"].items() if p not in gone}
+    merges = []
+    for merge in fast["model"]["merges"]:
+        left, right = merge.split(" ")
+        if gone.isdisjoint((left, right, left + right)):
+            merges.append(merge)
+    return {**fast, "model": {**fast["model"], "vocab": vocabulary, "merges": merges}}

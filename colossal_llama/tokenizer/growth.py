@@ -44,15 +44,15 @@ def write_grown(
     Raises:
         DataError: some pieces stay out of reach.
     """
-    whole = _extended(source, growth, len(growth.pieces))
+    whole = _extended(source, growth, growth.pieces)
     gone = set(whole.dropped)
     listed = [source.text(piece) for piece in growth.pieces if piece not in gone]
 
     def fast(count: int) -> dict[str, Any]:
-        if count == 0:
-            return source.fast
-        short = whole if count == len(growth.pieces) else _extended(source, growth, count)
-        return short.tokenizer.fast
+        first = [piece for piece in growth.pieces[:count] if piece not in gone]
+        if growth.on_unreachable == "repair":  # a shorter list needs other repairs
+            return _extended(source, growth, first).tokenizer.fast
+        return source.extended(first, scores=growth.scores, symbols=growth.symbols).fast
 
     numbers = compression.sizes(len(growth.pieces))
     points = compression.curve(fast, numbers, held_out)
@@ -68,10 +68,10 @@ def write_grown(
     )
 
 
-def _extended(source: ExtensibleTokenizer, growth: Growth, count: int) -> Extension:
+def _extended(source: ExtensibleTokenizer, growth: Growth, pieces: list[str]) -> Extension:
     return extend(
         source,
-        growth.pieces[:count],
+        pieces,
         scores=growth.scores,
         symbols=growth.symbols,
         on_unreachable=growth.on_unreachable,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Tried in this order. Whatever stands beside a piece can be swallowed by a longer one ("，我" is
 # a piece of some vocabularies), so a piece counts as produced if one of these leaves it alone.
-# The last two are of different kinds, because "()", "xx" and "00" may be pieces.
+# The last are of two kinds, because "()", "xx" and "00" may be pieces themselves.
 NEIGHBOURS = (
     ("，", "。"),
     ("\n", "\n"),

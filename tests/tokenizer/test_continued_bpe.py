@@ -1,0 +1,222 @@
+"""The next merges of a tokenizer: producible, in the order of what they save, within its words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, trainers
+from tokenizers import pre_tokenizers as pre
+
+from colossal_llama.tokenizer.continued_bpe import learn
+from colossal_llama.tokenizer.directory import read_tokenizer
+from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
+from colossal_llama.tokenizer.extension import extend
+from colossal_llama.tokenizer.unicode_scripts import script_filter
+
+# Llama 3's words, from its tokenizer.json.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHINESE = [
+    "白日依山尽，黄河入海流。欲穷千里目，更上一层楼。",
+    "床前明月光，疑是地上霜。举头望明月，低头思故乡。",
+    "葡萄美酒夜光杯，欲饮琵琶马上催。葡萄葡萄。",
+] * 3
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama3"])
+def byte_level(
+    request: pytest.FixtureRequest, english: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> ExtensibleTokenizer:
+    """A small byte-level BPE tokenizer learned from English."""
+    cut = pre.Sequence(
+        [pre.Split(Regex(LLAMA_3), "isolated"), pre.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer = Tokenizer(models.BPE(ignore_merges=request.param == "llama3"))
+    tokenizer.pre_tokenizer = cut if request.param == "llama3" else pre.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(english, trainer)
+    directory = tmp_path_factory.mktemp(request.param)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return read_tokenizer(directory)
+
+
+def next_pieces(
+    source: ExtensibleTokenizer,
+    lines: list[str],
+    count: int,
+    scripts: str = "",
+    required: tuple[str, ...] = (),
+) -> list[str]:
+    return learn(
+        source,
+        lines,
+        count,
+        scripts=script_filter(scripts.split(",") if scripts else []),
+        required=[source.spell(character) for character in required],
+        coverage=1.0,
+        max_length=16,
+    )
+
+
+def tokens(source: ExtensibleTokenizer, texts: list[str]) -> int:
+    return sum(map(len, source.encode(texts)))
+
+
+def check(source: ExtensibleTokenizer, pieces: list[str], texts: list[str]) -> None:
+    """No repairs, nothing dropped, halves agree, and every prefix of the list stands alone."""
+    assert len(pieces) == len(set(pieces))
+    assert set(pieces).isdisjoint(source.pieces())
+    before = tokens(source, texts)
+    for count in (len(pieces) // 8, len(pieces) // 2, len(pieces)):
+        found = extend(source, pieces[:count], on_unreachable="error")
+        assert found.pieces == pieces[:count]
+        assert found.tokenizer.disagreements(texts) == []
+        after = tokens(found.tokenizer, texts)
+        assert after < before
+        before = after
+
+
+def test_sentencepiece(small: Path, english: list[str]) -> None:
+    source = read_tokenizer(small)
+    lines = [line for text in english for line in text.splitlines() if line]
+    pieces = next_pieces(source, lines, 400)
+    assert len(pieces) == 400
+    assert next_pieces(source, lines, 150) == pieces[:150]
+    check(source, pieces, english[:20])
+    text = "\n".join(lines).replace(" ", "▁")
+    for piece in pieces:
+        assert "▁" not in piece[1:], piece
+        assert text.count(piece) > 1, piece
+        assert len(piece) <= 16
+
+
+def test_byte_level(byte_level: ExtensibleTokenizer, english: list[str]) -> None:
+    """Within the tokenizer's own words: each piece is one of them, or a part of one."""
+    lines = [line for text in english for line in text.splitlines() if line]
+    pieces = next_pieces(byte_level, lines, 300)
+    assert len(pieces) == 300
+    check(byte_level, pieces, english[:20])
+    cut = Tokenizer.from_str(json.dumps(byte_level.fast)).pre_tokenizer
+    words = {word for line in lines for word, _ in cut.pre_tokenize_str(line)}
+    assert all(any(piece in word for word in words) for piece in pieces)
+
+
+def test_new_characters_of_bytes(byte_level: ExtensibleTokenizer) -> None:
+    """The cut characters on the way are in the list, before the first that needs them."""
+    pieces = next_pieces(byte_level, CHINESE, 60)
+    assert len(pieces) == 60
+    check(byte_level, pieces, CHINESE[:3])
+    assert any("\ufffd" in byte_level.text(piece) for piece in pieces)
+
+
+def test_characters_are_learned_whole_and_first(small: Path) -> None:
+    """葡 and 萄 only ever stand together; even so both are pieces before 葡萄 is."""
+    source = read_tokenizer(small)
+    pieces = next_pieces(source, CHINESE, 200)
+    known = set(source.pieces())
+    for place, piece in enumerate(pieces):
+        earlier = known.union(pieces[:place])
+        assert len(piece) == 1 or set(piece) <= earlier, piece
+        assert len(piece) == 1 or any(
+            piece[:at] in earlier and piece[at:] in earlier for at in range(1, len(piece))
+        ), piece
+    assert "葡萄" in pieces
+    check(source, pieces, CHINESE[:3])
+
+
+def test_characters_come_by_what_they_save(small: Path) -> None:
+    """A frequent pair is worth more than a rare character, and a frequent character more yet."""
+    lines = ["的，的，的，月光，月光，" * 5, "依山", "依山"]
+    pieces = next_pieces(read_tokenizer(small), lines, 100)
+    assert pieces.index("的") < pieces.index("月光") < pieces.index("依")
+
+
+def test_required_characters_come_first(small: Path, byte_level: ExtensibleTokenizer) -> None:
+    for source in (read_tokenizer(small), byte_level):
+        pieces = next_pieces(source, CHINESE, 40, required=("龘", "靐"))
+        texts = [t for t in map(source.text, pieces) if "\ufffd" not in t]
+        assert texts[:2] == ["龘", "靐"]
+        check(source, pieces, [*CHINESE[:3], "龘靐" * 50])
+        assert next_pieces(source, CHINESE, 1, required=("龘", "靐")) == pieces[:1]
+
+
+def test_coverage_leaves_rare_characters_to_bytes(small: Path) -> None:
+    source = read_tokenizer(small)
+    lines = ["月光" * 100, "依依"]
+    options = {"scripts": None, "required": (), "max_length": 16}
+    assert "依" in learn(source, lines, 50, coverage=1.0, **options)
+    assert "依" not in learn(source, lines, 50, coverage=0.99, **options)
+
+
+def test_a_poor_text_gives_what_it_has(small: Path) -> None:
+    pieces = next_pieces(read_tokenizer(small), ["月光月光月光"], 1000)
+    assert set("月光") < set(pieces)
+    assert len(pieces) < 10
+
+
+def test_special_tokens_stay_out_of_pieces(small: Path) -> None:
+    source = read_tokenizer(small)
+    pieces = next_pieces(source, ["</s> 月光</s>", "a</s>b <s>"] * 20, 100)
+    assert pieces
+    assert not any("</s>" in piece or "<s>" in piece for piece in pieces)
+
+
+def test_real_chinese(llama2: Path, corpora: dict[str, list[str]]) -> None:
+    """Two thirds of the tokens with 1,200 pieces, fewer than with the characters first and merges
+    after them; English and code keep every id."""
+    source = read_tokenizer(llama2)
+    lines = [line for text in corpora["zh"][:80] for line in text.splitlines() if len(line) > 9]
+    pieces = next_pieces(source, lines, 1200, "Han")
+    extended = extend(source, pieces, on_unreachable="error").tokenizer
+    other = [*corpora["en"][:40], *corpora["code"][:40]]
+    assert extended.encode(other) == source.encode(other)
+    held_out = corpora["zh"][120:]
+    assert tokens(extended, held_out) < 0.7 * tokens(source, held_out)
+    counts = Counter("".join(lines))
+    frequent = [c for c, _ in counts.most_common() if c in set("".join(pieces))]
+    known = set(source.pieces())
+    first = [c for c in frequent if c not in known][:1200]
+    rest = [piece for piece in pieces if len(piece) > 1][: 1200 - len(first)]
+    characters_first = extend(source, [*first, *rest]).tokenizer
+    assert tokens(extended, held_out) <= tokens(characters_first, held_out)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pydoc_data import topics
+from colossal_llama.tokenizer.continued_bpe import learn
+from colossal_llama.tokenizer.directory import read_tokenizer
+
+lines = [line for name in sorted(topics.topics) for line in topics.topics[name].splitlines()]
+pieces = learn(read_tokenizer(Path(sys.argv[1])), lines, 500, scripts=None, required=(),
+               coverage=1.0, max_length=16)
+sys.stdout.buffer.write("\\n".join(pieces).encode())
+"""
+
+
+def test_neither_threads_nor_hashing_change_the_list(small: Path) -> None:
+    found = set()
+    for threads, seed in (("1", "1"), ("3", "2")):
+        variables = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
+        found.add(
+            subprocess.run(
+                [sys.executable, "-c", SCRIPT, str(small)],
+                check=True,
+                capture_output=True,
+                env=variables,
+            ).stdout
+        )
+    assert len(found) == 1
+    assert len(found.pop().splitlines()) == 500
