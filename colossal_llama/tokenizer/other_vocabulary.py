@@ -10,7 +10,7 @@ from colossal_llama.errors import DataError
 from colossal_llama.tokenizer import sentencepiece_model
 from colossal_llama.tokenizer.directory import read_tokenizer
 from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
-from colossal_llama.tokenizer.sentencepiece_model import SPACE
+from colossal_llama.tokenizer.piece_list import SPACE, problem_of
 from colossal_llama.tokenizer.unicode_scripts import ScriptFilter
 
 
@@ -57,10 +57,14 @@ def lacking(
     With ``scripts`` only the pieces that it allows, and no symbols.
     """
     known = {*source.pieces(), *source.reserved()}
-    texts = (text for text in other.texts if scripts is None or scripts.allows(text))
+    symbols = list[str]()
+    if scripts is None:
+        present = {*known, *map(source.text, known)}
+        symbols = [s for s in other.symbols if s not in present and problem_of(s) is None]
+    texts = [
+        text
+        for text in other.texts
+        if (scripts is None or scripts.allows(text)) and not any(s in text for s in symbols)
+    ]
     spelled = ((source.spell(text.replace(" ", SPACE)), text) for text in texts)
-    pieces = [piece for piece, text in spelled if piece not in known and usable(text)]
-    if scripts is not None:
-        return pieces, []
-    present = {*known, *pieces, *map(source.text, known)}
-    return pieces, [text for text in other.symbols if text not in present]
+    return [piece for piece, text in spelled if piece not in known and usable(text)], symbols
