@@ -93,22 +93,20 @@ def _segmented(
         if key not in readable and piece is not None and not _PADDING.fullmatch(piece)
     }
     readable = {key: text for key, text in readable.items() if not _PADDING.fullmatch(text)}
-    for encoder, chosen in ((without_prefix(fast), readable), (load_bare(fast), spelled)):
+    for encoder, chosen in ((_without_prefix(fast), readable), (load_bare(fast), spelled)):
         encodings = encoder.encode_batch(list(chosen.values()), add_special_tokens=False)
         for key, encoding in zip(chosen, encodings, strict=True):
             bags[key] = encoding.ids
     return bags
 
 
-def without_prefix(fast: dict[str, Any]) -> Any:
+def _without_prefix(fast: dict[str, Any]) -> Any:
     """The tokenizer that ``fast`` describes, for text in the middle of a line.
 
     It adds no prefix, no bos and no eos, and reads ``</s>`` as four characters.
     """
     steps = {name: _drop_prefix(fast.get(name)) for name in ("normalizer", "pre_tokenizer")}
-    tokenizer = load({**fast, **steps, "post_processor": None})
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return load({**fast, **steps, "post_processor": None})
 
 
 def _drop_prefix(step: Any) -> Any:

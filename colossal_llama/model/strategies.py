@@ -24,9 +24,9 @@ _IDS, _ROWS = 4096, 1024
 # A script with fewer old rows has no norm of its own that could be trusted.
 SCRIPT_ROWS = 50
 
-# Hewitt's code samples with this share of the covariance, so close to the mean that his bound on
-# what new rows can take from old predictions holds (footnotes and code of "Initializing New Word
-# Embeddings for Pretrained Language Models", 2021).
+# Hewitt's code samples with this share of the covariance ("Initializing New Word Embeddings for
+# Pretrained Language Models", 2021): close to the mean, for which he bounds what new rows can take
+# from old predictions.
 COVARIANCE_SHARE = 1e-5
 
 

@@ -87,7 +87,6 @@ def report(source: Path, result: Path, texts: Sequence[str], *, same_weights: bo
 def _ids(directory: Path, texts: Sequence[str]) -> list[list[int]]:
     """The ids of plain text: no bos or eos, and no part of it read as a special token."""
     tokenizer = fast_tokenizer.load(read_fast_json(directory))
-    tokenizer.encode_special_tokens = True
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 

@@ -35,8 +35,8 @@ def pieces(bags: Sequence[Sequence[int]], texts: Sequence[str | None]) -> NewPie
 
 
 def many(count: int) -> NewPieces:
-    """Pieces whose bags have one to five ids, and no text."""
-    bags = [[(at * 7 + step) % len(OLD_TEXTS) for step in range(at % 5 + 1)] for at in range(count)]
+    """Pieces whose bags have five to one ids, and no text."""
+    bags = [[(at * 7 + step) % len(OLD_TEXTS) for step in range(5 - at % 5)] for at in range(count)]
     return pieces(bags, [None] * count)
 
 
@@ -124,6 +124,16 @@ def test_multivariate_has_mean_and_covariance_of_the_old_rows(rows: torch.Tensor
     error = (spread / scale - covariance).abs().max() / covariance.diagonal().max()
     assert error < 0.05
     assert covariance.abs().triu(1).max() / covariance.diagonal().max() > 0.1  # not just a diagonal
+
+
+@pytest.mark.parametrize("rank", [0, 1, 8, 64])
+def test_the_factor_is_one_of_the_covariance_singular_or_not(rank: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    deviation = torch.randn(rank, 64, generator=generator)
+    covariance = deviation.T @ deviation
+    factor = strategies._cholesky(covariance)
+    error = (factor @ factor.T - covariance).abs().max()
+    assert error <= 1e-3 * covariance.diagonal().max() + 1e-30
 
 
 @pytest.mark.parametrize("kind", ["fewer rows than columns", "all alike", "zeros"])

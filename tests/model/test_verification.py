@@ -89,6 +89,12 @@ def test_the_figure_is_bits_per_byte(
     assert found["source"] == pytest.approx(bits / len(text), rel=1e-2)
 
 
+def test_special_tokens_in_a_text_are_text(tiny_model: Path, extended: Path) -> None:
+    table = report(tiny_model, extended, ["a</s>a"], same_weights=True)
+    count = int(table.splitlines()[1].split()[-2])
+    assert count > 3  # the prefix, two letters and eos would be as many as three
+
+
 def test_new_pieces_are_said(tiny_model: Path, extended: Path) -> None:
     table = report(tiny_model, extended, [NEW], same_weights=True)
     assert list(rows(table)) == ["source", "result"]
