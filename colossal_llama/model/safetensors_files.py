@@ -99,7 +99,7 @@ def find_weights(directory: Path) -> Weights:
     if any(directory.glob("*.bin")):
         raise DataError(
             f"{directory}: the weights are .bin files (pickles); convert them with "
-            "AutoModelForCausalLM.from_pretrained(SOURCE).save_pretrained(TARGET)"
+            f"colossal-llama convert-checkpoint --source_checkpoint {directory}"
         )
     raise DataError(f"{directory}: no weights here: {_SINGLE} and {_INDEX} are both missing")
 
