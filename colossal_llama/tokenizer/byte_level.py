@@ -41,18 +41,19 @@ SLOW_FILES = ("vocab.json", "merges.txt")
 _NEVER = "ÿ"
 
 
-def _alphabet() -> list[str]:
-    """The character for each byte: itself if visible in Latin-1, else one from U+0100 on.
+def byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte -> that byte, in the order of the bytes.
 
+    A byte that is visible in Latin-1 stands for itself, the others for U+0100 onwards.
     Source: bytes_to_unicode in encoder.py of openai/gpt-2.
     """
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = itertools.count(0x100)
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+    return {chr(byte if byte in visible else next(others)): byte for byte in range(256)}
 
 
-_CHARACTERS = _alphabet()
-_BYTES = {character: byte for byte, character in enumerate(_CHARACTERS)}
+_BYTES = byte_alphabet()
+_CHARACTERS = list(_BYTES)
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def extend(
     return Extension(
         tokenizer,
         pieces=order,
-        characters=[piece for piece in extra if len(source.text(piece)) == 1],
-        repaired=[piece for piece in extra if len(source.text(piece)) != 1],
+        characters=[piece for piece in extra if _is_character(source, piece)],
+        repaired=[piece for piece in extra if not _is_character(source, piece)],
         dropped=dropped,
         padding=-size % multiple_of,
         between=production.between,
@@ -92,19 +92,28 @@ def _repaired(
     old = source.pieces()
     known = set(old)
     letters = [c for c in _characters(source, wanted) if c not in known]
-    order = [*letters, *(piece for piece in wanted if piece not in set(letters))]
+    singles = set(letters)
+    order = [*letters, *(piece for piece in wanted if piece not in singles)]
     # Below the old scores nothing can come between an old piece and its merges; among them it can.
     protected = _whole(source, old) if scores else []
     known.update(order)
     with tqdm(desc="checking that every piece can be produced", unit=" round", delay=1) as progress:
         while True:
             cut = _cut(source.extended(order, scores=scores), [*order, *protected])
-            steps = _missing_steps(cut, known)
+            # Characters first: steps for a piece whose characters are cut would cross them.
+            letter_cut = {piece: parts for piece, parts in cut.items() if piece in singles}
+            steps = _missing_steps(letter_cut, known) or _missing_steps(cut, known)
             progress.update()
             if not steps:
                 return order
             late = [step for piece in protected for step in steps.get(piece, ())]
             order = [item for piece in order for item in (*steps.get(piece, ()), piece)] + late
+
+
+def _is_character(source: ExtensibleTokenizer, piece: str) -> bool:
+    """Whether a piece is one whole character, not a part of one."""
+    text = source.text(piece)
+    return len(text) == 1 and source.spell(text) == piece
 
 
 def _characters(source: ExtensibleTokenizer, pieces: Sequence[str]) -> list[str]:

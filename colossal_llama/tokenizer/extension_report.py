@@ -19,19 +19,25 @@ from colossal_llama.tokenizer.fast_tokenizer import load
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 
 _BATCH = 1000  # documents
+_CUT = "\ufffd"  # how a part of a character is read
 REPORT = "extension_report.json"
 
 
 def describe(source: ExtensibleTokenizer, extended: Extension) -> dict[str, Any]:
     """The report's part that needs no text."""
     text = extended.tokenizer.text
+
+    def shown(piece: str) -> str:
+        """A step of byte-level BPE that is only a part of a character in its own spelling."""
+        return piece if _CUT in text(piece) else text(piece)
+
     return {
         "size_before": source.size,
         "size_after": extended.tokenizer.size,
         "pieces_added": len(extended.pieces) - len(extended.characters) - len(extended.repaired),
-        "symbols_added": sorted(extended.tokenizer.symbols() - source.symbols()),
+        "symbols_added": sorted(map(text, extended.tokenizer.symbols() - source.symbols())),
         "characters_added": list(map(text, extended.characters)),
-        "pieces_repaired": list(map(text, extended.repaired)),
+        "pieces_repaired": list(map(shown, extended.repaired)),
         "pieces_dropped": list(map(text, extended.dropped)),
         "padding": extended.padding,
         # Anything else has ended the command by now.

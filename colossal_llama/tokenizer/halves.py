@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from colossal_llama.errors import DataError
 from colossal_llama.storage import read_json
+from colossal_llama.tokenizer.byte_level import byte_alphabet
 from colossal_llama.tokenizer.fingerprint import added_tokens, read_fast_json
 from colossal_llama.tokenizer.neighbours import produced_between
 from colossal_llama.tokenizer.sentencepiece_model import (
@@ -231,19 +232,6 @@ class FastHalf:
             except UnicodeDecodeError:
                 return None
         return piece.replace(SPACE, " ") if self._spaced else piece
-
-
-def byte_alphabet() -> dict[str, int]:
-    """The character that stands for each byte in byte-level BPE -> that byte.
-
-    Printable Latin-1 bytes stand for themselves, the others for U+0100 onwards in their order
-    (GPT-2's encoder, Radford et al. 2019).
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    table.update({chr(0x100 + place): byte for place, byte in enumerate(others)})
-    return table
 
 
 def _missing(

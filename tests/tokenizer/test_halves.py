@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from colossal_llama.errors import DataError
-from colossal_llama.tokenizer.halves import byte_alphabet, open_tokenizer
+from colossal_llama.tokenizer.byte_level import byte_alphabet
+from colossal_llama.tokenizer.halves import open_tokenizer
 from colossal_llama.tokenizer.neighbours import NEIGHBOURS
 from colossal_llama.tokenizer.sentencepiece_model import NORMAL, USER_DEFINED, parse_model
 
