@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer
 
-from colossal_llama.tokenizer import byte_level, extension, neighbours
+from colossal_llama.tokenizer import byte_level, extension, extension_report, neighbours
 from colossal_llama.tokenizer.byte_level import ByteLevelTokenizer
 from colossal_llama.tokenizer.byte_level_files import (
     read_byte_level,
@@ -175,6 +175,26 @@ def test_random_lists_become_reachable(plain: ByteLevelTokenizer, seed: int) -> 
 
 
 # 3. other text stays as it was
+
+
+def test_repairs_do_not_cut_characters(case: Case) -> None:
+    """A character's bytes are joined before anything is joined to it: 研 + a byte is no step.
+
+    Unless the source has pieces that cut a character: its merges come first.
+    """
+    text = case.extended.tokenizer.text
+
+    def cuts(piece: str) -> bool:
+        return "\ufffd" in text(piece) and text(piece).strip("\ufffd") != ""
+
+    old = [piece for piece in case.old.pieces() if cuts(piece)]
+    for piece in filter(cuts, case.extended.repaired):
+        assert any(other in piece for other in old), text(piece)
+    assert case.extended.characters
+    assert all(len(text(piece)) == 1 for piece in case.extended.characters)
+    report = extension_report.describe(case.old, case.extended)
+    assert len(report["pieces_repaired"]) == len(case.extended.repaired)
+    assert "\ufffd" not in "".join(report["characters_added"] + report["pieces_repaired"])
 
 
 def test_text_without_an_added_piece_keeps_its_ids(case: Case, english: list[str]) -> None:

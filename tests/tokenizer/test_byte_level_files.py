@@ -15,6 +15,7 @@ from colossal_llama.tokenizer.byte_level_files import (
     read_byte_level,
     why_unsupported,
 )
+from colossal_llama.tokenizer.directory import read_tokenizer
 from tests.tokenizer.byte_level_styles import STYLES, make_all, read_json, write_json
 
 
@@ -190,3 +191,12 @@ def test_a_symbol_that_is_spelled_like_bytes_is_refused(sources: dict[str, Path]
     plain = read_byte_level(sources["gpt2"])
     with pytest.raises(DataError, match="'é' cannot be a user-defined symbol"):
         plain.extended([], symbols=[plain.spell("é")])
+
+
+def test_a_model_of_another_program_beside_it_is_passed_over(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Some directories of Llama 3 keep Meta's own tokenizer.model, which is a list in base64."""
+    path = _change(sources["llama3"], tmp_path / "source")
+    (path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    assert isinstance(read_tokenizer(path), byte_level.ByteLevelTokenizer)
