@@ -36,7 +36,8 @@ def read_vocabulary(directory: Path) -> OtherVocabulary:
     if not path.is_file():
         other = read_tokenizer(directory)
         texts = [text for text in map(other.text, other.pieces()) if "\ufffd" not in text]
-        return OtherVocabulary(texts, sorted(other.symbols()), has_scores=False)
+        symbols = sorted(map(other.text, other.symbols()))
+        return OtherVocabulary(texts, symbols, has_scores=False)
     model = sentencepiece_model.parse_model(path)
     if model.trainer_spec.model_type != sentencepiece_model.BPE:
         raise DataError(f"{path}: not a BPE model; only BPE tokenizers can be merged")
@@ -57,14 +58,13 @@ def lacking(
     With ``scripts`` only the pieces that it allows, and no symbols.
     """
     known = {*source.pieces(), *source.reserved()}
-    symbols = list[str]()
-    if scripts is None:
-        present = {*known, *map(source.text, known)}
-        symbols = [s for s in other.symbols if s not in present and problem_of(s) is None]
+    symbols = [] if scripts else [s for s in other.symbols if problem_of(s) is None]
+    symbols = [symbol for symbol in symbols if source.spell(symbol) not in known]
     texts = [
         text
         for text in other.texts
         if (scripts is None or scripts.allows(text)) and not any(s in text for s in symbols)
     ]
     spelled = ((source.spell(text.replace(" ", SPACE)), text) for text in texts)
-    return [piece for piece, text in spelled if piece not in known and usable(text)], symbols
+    pieces = [piece for piece, text in spelled if piece not in known and usable(text)]
+    return pieces, list(map(source.spell, symbols))

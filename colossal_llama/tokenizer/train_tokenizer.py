@@ -39,6 +39,10 @@ _ONLY_FROM_SCRATCH = (
 )
 _NOT_MERGING = ("data_input_dirs", "character_coverage", "max_piece_length", "required_chars")
 
+# SentencePiece's advice for scripts of many characters (--character_coverage in its help). Llama's
+# own, 0.99995, makes a piece of every stray character of a small text.
+_COVERAGE = 0.9995
+
 
 @dataclass
 class TrainTokenizerOptions:
@@ -63,8 +67,8 @@ class TrainTokenizerOptions:
     )
     preset: str | None = option(
         None,
-        help="published settings of a tokenizer from scratch (llama if not given); flags "
-        "override them",
+        help="published settings of a tokenizer from scratch, which flags override; without it "
+        f"llama's with a --character_coverage of {_COVERAGE}",
         choices=tuple(PRESETS),
     )
     vocab_size: int | None = option(
@@ -73,7 +77,7 @@ class TrainTokenizerOptions:
     character_coverage: float | None = option(
         None,
         help="share of the text whose characters become pieces; the rest is spelled in bytes "
-        "(from scratch the preset's, else 0.9995)",
+        f"(--preset's, else {_COVERAGE})",
     )
     required_chars: list[str] = option(
         [],
@@ -229,6 +233,8 @@ def _from_scratch(options: TrainTokenizerOptions) -> None:
 def _settings(options: TrainTokenizerOptions) -> Settings:
     """The preset's, overridden by the flags that were given."""
     preset = PRESETS[options.preset or "llama"].settings
+    if options.preset is None:
+        preset = dataclasses.replace(preset, character_coverage=_COVERAGE)
     given = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(Settings)
@@ -298,7 +304,7 @@ def _continued(
         options.num_new_pieces,
         scripts=script_filter(options.scripts),
         required=required,
-        coverage=options.character_coverage or 0.9995,
+        coverage=options.character_coverage or _COVERAGE,
         max_length=options.max_piece_length or 16,
     )
     print(sample.summary())

@@ -105,6 +105,5 @@ def _every_word() -> Any:
 
 def _letters(scripts: Iterable[str]) -> str:
     return "".join(
-        rf"\p{{Script={name}}}[\p{{Script_Extensions={name}}}&&\p{{L}}]"
-        for name in scripts
+        rf"\p{{Script={name}}}[\p{{Script_Extensions={name}}}&&\p{{L}}]" for name in scripts
     )

@@ -135,6 +135,12 @@ def test_characters_are_learned_whole_and_first(small: Path) -> None:
     check(source, pieces, CHINESE[:3])
 
 
+def test_a_character_is_not_cut_by_the_piece_before_it(small: Path) -> None:
+    """山依 is as frequent as 依, which is learned first all the same."""
+    pieces = next_pieces(read_tokenizer(small), ["山依"] * 5, 3, required=("山",))
+    assert pieces == ["山", "依", "山依"]
+
+
 def test_characters_come_by_what_they_save(small: Path) -> None:
     """A frequent pair is worth more than a rare character, and a frequent character more yet."""
     lines = ["的，的，的，月光，月光，" * 5, "依山", "依山"]
@@ -160,16 +166,28 @@ def test_coverage_leaves_rare_characters_to_bytes(small: Path) -> None:
 
 
 def test_a_poor_text_gives_what_it_has(small: Path) -> None:
-    pieces = next_pieces(read_tokenizer(small), ["月光月光月光"], 1000)
-    assert set("月光") < set(pieces)
-    assert len(pieces) < 10
+    """What occurs once is not learned."""
+    pieces = next_pieces(read_tokenizer(small), ["月光月光月光依山"], 1000)
+    assert pieces == ["光", "月", "月光", "月光月光"]
 
 
-def test_special_tokens_stay_out_of_pieces(small: Path) -> None:
-    source = read_tokenizer(small)
-    pieces = next_pieces(source, ["</s> 月光</s>", "a</s>b <s>"] * 20, 100)
-    assert pieces
-    assert not any("</s>" in piece or "<s>" in piece for piece in pieces)
+def test_no_piece_holds_a_symbol(small: Path, byte_level: ExtensibleTokenizer) -> None:
+    """A symbol is cut out of the text before anything could grow around it."""
+    for source in (read_tokenizer(small), byte_level):
+        symbols = ["葡萄", "床前"]
+        marked = extend(source, [], symbols=list(map(source.spell, symbols))).tokenizer
+        pieces = next_pieces(marked, CHINESE, 250)
+        assert source.spell("夜光杯") in pieces
+        assert not any(symbol in source.text(piece) for piece in pieces for symbol in symbols)
+
+
+def test_no_piece_holds_a_part_of_a_character(byte_level: ExtensibleTokenizer) -> None:
+    """But for the parts that lead to a character; others, too rare for pieces, end the word."""
+    lines = ["葡萄月光" * 20, *(f"葡{chr(0x4E00 + number)}光" for number in range(200))]
+    pieces = learn(byte_level, lines, 100, scripts=None, required=(), coverage=0.7, max_length=16)
+    texts = list(map(byte_level.text, pieces))
+    assert "葡萄" in texts
+    assert all("\ufffd" not in text or not text.strip("\ufffd") for text in texts)
 
 
 def test_real_chinese(llama2: Path, corpora: dict[str, list[str]]) -> None:

@@ -43,6 +43,13 @@ def test_what_is_no_piece_of_han(piece: str) -> None:
     assert not found.allows(piece)
 
 
+def test_a_space_alone_or_before_punctuation_is_no_piece() -> None:
+    found = script_filter(["Cyrillic"])
+    assert found is not None
+    assert found.allows(" мир，")
+    assert not any(map(found.allows, (" ", " ，", "  мир", "мир ", "ми р")))
+
+
 def test_words_of_all_scripts(english: list[str]) -> None:
     """Every character stays but spaces and digits; one script and at most one space a word."""
     assert cut_words(TEXT).split("\n")[:6] == ["使用", "Python", "编程", "的", " hello", ","]
