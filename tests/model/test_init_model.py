@@ -351,7 +351,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config": (lambda source: (source / "config.json").unlink(), ("config.json",)),
     "other vocab_size": (_shrink_vocabulary, ("700 rows", "vocab_size 600")),
     "cut weights": (_cut_weights, ("model.safetensors", "not a complete")),
-    "pickles": (_pickle_weights, (".bin", "save_pretrained")),
+    "pickles": (_pickle_weights, (".bin", "convert-checkpoint")),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), ("no weights",)),
     "quantised": (_quantise, ("lm_head.weight is a F8_E4M3 tensor", "not quantised")),
     "tokenizer too large": (_add_token, ("701 ids", "700 rows")),
