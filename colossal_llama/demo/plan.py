@@ -36,7 +36,7 @@ class Size:
     code_bytes: int
     replay_bytes: int
     base_vocabulary: int
-    zh_vocabulary: int
+    zh_pieces: int
     conversations: int
     base_epochs: int
     parts: int
@@ -50,7 +50,7 @@ SIZES = {
         code_bytes=700_000,
         replay_bytes=300_000,
         base_vocabulary=3500,
-        zh_vocabulary=5000,
+        zh_pieces=4000,
         conversations=600,
         base_epochs=1,
         parts=5,
@@ -62,7 +62,7 @@ SIZES = {
         code_bytes=60_000,
         replay_bytes=30_000,
         base_vocabulary=1000,
-        zh_vocabulary=2600,
+        zh_pieces=2000,
         conversations=40,
         base_epochs=1,
         parts=5,
@@ -141,20 +141,21 @@ def _base(out: str, size: Size) -> list[Stage]:
 def _extension(out: str, size: Size) -> list[Stage]:
     return [
         _stage(
-            "pieces",
-            "learn Chinese pieces",
+            "tokenizer",
+            "learn the next pieces, in Chinese",
             "python colossal_llama/tokenizer/train_tokenizer.py --scripts Han "
+            f"--source_tokenizer_dir {out}/base-tokenizer --num_new_pieces {size.zh_pieces} "
             f"--data_input_dirs {out}/corpus/train/zh.jsonl "
-            f"--target_tokenizer_dir {out}/zh-tokenizer --vocab_size {size.zh_vocabulary}",
-            f"{out}/zh-tokenizer",
+            f"--target_tokenizer_dir {out}/tokenizer",
+            f"{out}/tokenizer",
         ),
         _stage(
-            "tokenizer",
-            "extend the tokenizer",
-            "python colossal_llama/tokenizer/init_tokenizer.py "
-            f"--source_tokenizer_dir {out}/base-tokenizer --target_tokenizer_dir {out}/tokenizer "
-            f"--expand_tokens_file {out}/zh-tokenizer/pieces.jsonl",
-            f"{out}/tokenizer",
+            "analysis",
+            "compare the tokenizers",
+            "python colossal_llama/tokenizer/analyze_tokenizer.py "
+            f"--tokenizer_dirs {out}/base-tokenizer,{out}/tokenizer "
+            f"--data_input_dirs {out}/corpus/held_out --output_dir {out}/analysis",
+            f"{out}/analysis",
         ),
         _stage(
             "init",

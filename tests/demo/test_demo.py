@@ -21,7 +21,7 @@ OPTIONS = {
     "colossal_llama.demo.samples": ("demo.samples", "SampleOptions"),
     "colossal_llama.demo.verification": ("demo.verification", "VerificationOptions"),
     "colossal_llama/tokenizer/train_tokenizer.py": cli.COMMANDS["train-tokenizer"][:2],
-    "colossal_llama/tokenizer/init_tokenizer.py": cli.COMMANDS["init-tokenizer"][:2],
+    "colossal_llama/tokenizer/analyze_tokenizer.py": cli.COMMANDS["analyze-tokenizer"][:2],
     "colossal_llama/model/init_model.py": cli.COMMANDS["init-model"][:2],
     "prepare_pretrain_dataset.py": cli.COMMANDS["prepare-pretrain-dataset"][:2],
     "prepare_sft_dataset.py": cli.COMMANDS["prepare-sft-dataset"][:2],
