@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Lets Ctrl-C through to the processes that tests start.
+
+    A shell without job control has what it runs in the background ignore it, and children inherit
+    that: tests of an interruption would wait for what never comes.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
