@@ -52,7 +52,7 @@ def curve(
     from tqdm import tqdm
 
     points = list[Point]()
-    if not held_out.texts:
+    if not held_out.bytes:  # no documents, or only empty ones
         return points
     for number in tqdm(numbers, desc="measuring", unit=" sizes", delay=1):
         encodings = load(tokenizer_of(number)).encode_batch_fast(

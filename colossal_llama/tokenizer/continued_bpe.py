@@ -25,6 +25,7 @@ from itertools import islice
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama.errors import DataError
 from colossal_llama.tokenizer import fast_tokenizer
 from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
 from colossal_llama.tokenizer.extension import extend
@@ -68,6 +69,9 @@ def learn(
         required: characters in the source's spelling that come first, however rare.
         coverage: share of the text whose characters can become pieces or parts of them.
         max_length: of a piece, in characters.
+
+    Raises:
+        DataError: ``count`` has no room for what is ``required``.
     """
     cut, usable = _cutter(source, scripts), usable_in(source, max_length)
     known = set(source.pieces())
@@ -76,6 +80,11 @@ def learn(
     new = [piece for piece in dict.fromkeys([*required, *spelled]) if piece not in known]
     grown = extend(source, new)
     first = grown.pieces[: 1 + max((grown.pieces.index(c) for c in required), default=-1)]
+    if len(first) > count:
+        raise DataError(
+            f"--required_chars asks for {len(required)} new characters, which take {len(first)} "
+            f"pieces; --num_new_pieces {count} has no room for them"
+        )
     alphabet = _Alphabet.of(grown.tokenizer, set(new) - set(first))
     encoded = list(_as_words(grown.tokenizer, alphabet, map(cut, lines), len(lines)))
     steps = set(grown.pieces) - set(new)

@@ -13,9 +13,12 @@ from colossal_llama.tokenizer.piece_list import SPACE, problem_of
 from colossal_llama.tokenizer.sentencepiece_model import normal_pieces
 from colossal_llama.tokenizer.unicode_scripts import ScriptFilter
 
-# No piece may hold a control character: Llama spells line ends and tabs as bytes. SentencePiece
-# keeps U+2585 for itself.
-_SENTENCE_END = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u2585]+")
+# SentencePiece keeps this character for itself: what it learns cannot hold it.
+_RESERVED = "\u2585"
+# Nor a control character: Llama spells line ends and tabs as bytes.
+_SENTENCE_END = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029{_RESERVED}]+")
+# Names that Llama's special and byte tokens have already.
+_SPECIAL = re.compile(r"<unk>|<s>|</s>|<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,9 @@ PRESETS = {
         "stand <CLS>, </p> and the full-width characters that are meant",
     ),
     "baby-llama2-chinese": Preset(
-        Settings(64793, 1.0, 4192, 16, True, True, (), ()),
-        "github.com/DLLXW/baby-llama2-chinese trained no tokenizer: it took ChatGLM2-6B's, whose "
-        "size this is, and points to llama2.c for training one's own, whose settings these are "
-        "(github.com/karpathy/llama2.c, tinystories.py, train_vocab)",
+        Settings(32000, 0.9995, 2657, 16, True, True, (), ()),
+        "huggingface.co/flyingfishinwater/chinese-baby-llama2, its model card; what that does not "
+        "say is llama's. Not github.com/DLLXW/baby-llama2-chinese, which took ChatGLM2-6B's",
     ),
 }
 
@@ -125,6 +127,20 @@ def learn(lines: Iterable[str], settings: Settings, characters: Sequence[str], t
     model.ParseFromString(written.getvalue())
     model.trainer_spec.ClearField("num_threads")
     return model
+
+
+def problem_of_symbol(symbol: str) -> str | None:
+    """Why this cannot be a user-defined symbol, or None."""
+    if _SPECIAL.fullmatch(symbol):
+        return "is a special token of every Llama tokenizer"
+    return problem_of(symbol)
+
+
+def problem_of_character(character: str) -> str | None:
+    """Why this cannot be a required character, or None."""
+    if character == _RESERVED:
+        return f"is U+{ord(_RESERVED):04X}, which SentencePiece keeps for itself"
+    return problem_of(character)
 
 
 def _sentences(lines: Iterable[str], max_bytes: int) -> Iterator[str]:

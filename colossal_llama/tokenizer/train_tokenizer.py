@@ -206,6 +206,9 @@ def _from_scratch(options: TrainTokenizerOptions) -> None:
 
     settings = _settings(options)
     characters = required_characters(list(settings.required_chars))
+    for character in characters:
+        if problem := from_scratch.problem_of_character(character):
+            raise DataError(f"the required character {character!r} {problem}")
     sample, held_out = _read_text(options)
     print(f"learning {settings.vocab_size} pieces ...", file=sys.stderr, flush=True)
     model = from_scratch.learn(sample.lines.texts, settings, characters, options.num_threads)
@@ -252,16 +255,16 @@ def _symbols(options: TrainTokenizerOptions) -> tuple[str, ...]:
         DataError: one of them cannot be a piece.
     """
     from colossal_llama.storage import read_lines
-    from colossal_llama.tokenizer.piece_list import problem_of
+    from colossal_llama.tokenizer.from_scratch import problem_of_symbol
 
-    symbols, where = options.user_defined_symbols, "--user_defined_symbols"
-    if len(symbols) == 1 and Path(symbols[0]).is_file():
-        where = symbols[0]
-        symbols = [line.rstrip("\r\n") for _, line in read_lines(Path(where))]
-    for symbol in symbols:
-        if problem := problem_of(symbol):
+    places = dict.fromkeys(options.user_defined_symbols, "--user_defined_symbols")
+    if len(places) == 1 and (path := Path(*places)).is_file():
+        lines = ((line.rstrip("\r\n"), number) for number, line in read_lines(path))
+        places = {symbol: f"{path}:{number}" for symbol, number in lines}
+    for symbol, where in places.items():
+        if problem := problem_of_symbol(symbol):
             raise DataError(f"{where}: the symbol {symbol!r} {problem}")
-    return tuple(dict.fromkeys(symbols))
+    return tuple(places)
 
 
 def _read_text(options: TrainTokenizerOptions) -> tuple[Sample, EvenSample]:
@@ -310,8 +313,10 @@ def _continued(
     print(sample.summary())
     if len(learned) < options.num_new_pieces:
         print(f"the text has no more than {len(learned)} new pieces that occur twice")
-    characters = sum(len(source.text(piece)) == 1 for piece in learned)
-    counts = {"characters": characters, "merges": len(learned) - characters}
+    texts = [text for text in map(source.text, learned) if "\ufffd" not in text]
+    characters = sum(len(text) == 1 for text in texts)
+    counts = {"characters": characters, "merges": len(texts) - characters}
+    counts["cut_characters"] = len(learned) - len(texts)
     return Growth(learned, report={"learned": counts}), held_out
 
 

@@ -52,6 +52,9 @@ def test_curve_is_what_the_tokenizers_give(small: Path, english: list[str], tmp_
 
 
 def test_nothing_to_measure_on(tmp_path: Path) -> None:
+    blank = EvenSample(10)
+    blank.add("")
+    assert compression.curve(lambda count: {}, [0, 1], blank) == []
     points = compression.curve(lambda count: {}, [0, 1], EvenSample(10))
     compression.write(points, EvenSample(10), "new pieces", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -13,10 +13,13 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, trainers
 from tokenizers import pre_tokenizers as pre
 
+from colossal_llama import command
+from colossal_llama.errors import DataError
 from colossal_llama.tokenizer.continued_bpe import learn
 from colossal_llama.tokenizer.directory import read_tokenizer
 from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
 from colossal_llama.tokenizer.extension import extend
+from colossal_llama.tokenizer.train_tokenizer import TrainTokenizerOptions, train_tokenizer
 from colossal_llama.tokenizer.unicode_scripts import script_filter
 
 # Llama 3's words, from its tokenizer.json.
@@ -120,6 +123,25 @@ def test_new_characters_of_bytes(byte_level: ExtensibleTokenizer) -> None:
     assert any("\ufffd" in byte_level.text(piece) for piece in pieces)
 
 
+def test_the_report_counts_cut_characters_apart(
+    byte_level: ExtensibleTokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(CHINESE), encoding="utf-8")
+    flags = ["--data_input_dirs", tmp_path / "text.txt", "--num_new_pieces", 60]
+    flags += ["--source_tokenizer_dir", byte_level.path, "--target_tokenizer_dir", tmp_path / "out"]
+    assert command.run(TrainTokenizerOptions, train_tokenizer, list(map(str, flags))) == 0
+    report = json.loads((tmp_path / "out" / "extension_report.json").read_text(encoding="utf-8"))
+    lines = (tmp_path / "out" / "pieces.jsonl").read_text(encoding="utf-8").splitlines()
+    whole = [json.loads(line)["piece"] for line in lines]
+    characters = sum(len(piece) == 1 for piece in whole)
+    assert report["learned"] == {
+        "characters": characters,
+        "merges": len(whole) - characters,
+        "cut_characters": 60 - len(whole),
+    }
+    assert 0 < characters < len(whole) < 60
+
+
 def test_characters_are_learned_whole_and_first(small: Path) -> None:
     """葡 and 萄 only ever stand together; even so both are pieces before 葡萄 is."""
     source = read_tokenizer(small)
@@ -154,7 +176,9 @@ def test_required_characters_come_first(small: Path, byte_level: ExtensibleToken
         texts = [t for t in map(source.text, pieces) if "\ufffd" not in t]
         assert texts[:2] == ["龘", "靐"]
         check(source, pieces, [*CHINESE[:3], "龘靐" * 50])
-        assert next_pieces(source, CHINESE, 1, required=("龘", "靐")) == pieces[:1]
+        assert next_pieces(source, CHINESE, 6, required=("龘", "靐")) == pieces[:6]
+        with pytest.raises(DataError, match=r"asks for 2 new characters, .* 1 has no room"):
+            next_pieces(source, CHINESE, 1, required=("龘", "靐"))
 
 
 def test_coverage_leaves_rare_characters_to_bytes(small: Path) -> None:

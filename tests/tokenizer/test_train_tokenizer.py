@@ -171,6 +171,10 @@ def test_presets_can_be_flags() -> None:
         symbols = preset.settings.user_defined_symbols
         assert len(set(symbols)) == len(symbols)
         assert all(problem_of(symbol) is None for symbol in symbols)
+    baby = PRESETS["baby-llama2-chinese"].settings
+    assert (baby.vocab_size, baby.character_coverage, baby.max_sentence_length) == (
+        *(32_000, 0.9995, 2657),
+    )
     assert PRESETS["hammerllm"].settings.vocab_size == 128_000
     assert len(PRESETS["hammerllm"].settings.user_defined_symbols) == 101
 
@@ -369,11 +373,31 @@ def test_flags_that_a_mode_does_not_read(
         assert complaint in message
 
 
-def test_a_symbol_that_cannot_be(
-    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("user_defined_symbols", "<a b>", "the symbol '<a b>' holds the space"),
+        ("user_defined_symbols", "<h1>,<s>", "the symbol '<s>' is a special token"),
+        ("user_defined_symbols", "<0x41>", "the symbol '<0x41>' is a special token"),
+        ("user_defined_symbols", "<h1>\n\n<h2>\n", "list.txt:2: the symbol '' is empty"),
+        ("required_chars", "龙\x00\n", "the required character '\\x00' holds"),
+        ("required_chars", "▅\n", "the required character '▅' is U+2585"),
+    ],
+)
+def test_a_symbol_or_character_that_cannot_be(
+    flag: str,
+    value: str,
+    complaint: str,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert learn(text, tmp_path / "out", "--user_defined_symbols", "<a b>") == 2
-    assert "the symbol '<a b>' holds the space" in capsys.readouterr().err
+    if value.endswith("\n"):
+        (tmp_path / "list.txt").write_text(value, encoding="utf-8")
+        value = str(tmp_path / "list.txt")
+    assert learn(text, tmp_path / "out", f"--{flag}", value) == 2
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_flag_problems_are_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:
