@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -175,6 +176,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream, 1):
+                if number == 1:  # some editors mark a file as UTF-8 with U+FEFF
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError:

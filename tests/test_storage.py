@@ -131,6 +131,13 @@ def test_json_round_trip_is_readable_and_repeatable(tmp_path: Path) -> None:
     assert "語言" in first.read_text(encoding="utf-8")
 
 
+def test_a_mark_at_the_start_of_a_file_is_no_text(tmp_path: Path) -> None:
+    """Windows editors write U+FEFF there; elsewhere it is a character like others."""
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffone\n\ufefftwo\n", encoding="utf-8")
+    assert list(storage.read_lines(path)) == [(1, "one\n"), (2, "\ufefftwo\n")]
+
+
 def test_json_lines_come_with_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     # A line separator inside a text is no end of line.
