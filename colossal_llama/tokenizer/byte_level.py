@@ -96,10 +96,9 @@ class ByteLevelTokenizer:
         """Characters of which a text holds one if adding ``pieces`` can change its ids."""
         found = set[str]()
         for piece in pieces:
-            data = _bytes_of(piece)
-            whole = data.decode("utf-8", "ignore")
-            found.update(whole or _continued(data))
-        return found - {" "}
+            data = _bytes_of(piece).strip(b" ")
+            found.update(data.decode("utf-8", "ignore") or (_continued(data) if data else " "))
+        return found
 
     def problem_of(self, text: str) -> str | None:
         text = text.replace(SPACE, " ")
@@ -137,9 +136,10 @@ class ByteLevelTokenizer:
         # An added token that is only in added_tokens would move when the vocabulary grows.
         old = {**model["vocab"], **{text: key for key, text in self.added.items()}}
         vocabulary = dict(sorted(old.items(), key=lambda item: item[1]))
-        names = (f"<unused_{number}>{_NEVER}" for number in itertools.count())
-        unused = itertools.islice((name for name in names if name not in old), padding)
         texts = list(map(self.text, symbols))
+        names = (f"<unused_{number}>{_NEVER}" for number in itertools.count())
+        free = (name for name in names if name not in old and name not in texts)
+        unused = itertools.islice(free, padding)
         new = {name: key for key, name in enumerate([*pieces, *texts, *unused], self.size)}
         if clash := [text for text in texts if text in old]:
             raise DataError(

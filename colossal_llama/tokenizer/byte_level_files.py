@@ -75,7 +75,7 @@ def read_byte_level(directory: Path) -> ByteLevelTokenizer:
         raise DataError(problem)
     added = added_tokens(directory, fast)
     _check_ids(directory, fast, added)
-    _check_special_names(directory, fast, added)
+    _check_settings(directory, fast, added)
     tokenizer = ByteLevelTokenizer(directory, fast, added, _has_slow_files(directory, fast))
     differing = tokenizer.disagreements(_PROBES)
     if differing:
@@ -109,13 +109,21 @@ def _check_ids(directory: Path, fast: dict[str, Any], added: dict[int, str]) -> 
         raise DataError(f"{where}: id {gap} is nobody's; add a token there before you extend it")
 
 
-def _check_special_names(directory: Path, fast: dict[str, Any], added: dict[int, str]) -> None:
-    """A special token that no file gives an id would get the next one, whichever that is."""
+def _check_settings(directory: Path, fast: dict[str, Any], added: dict[int, str]) -> None:
+    """A special token that no file gives an id would get the next one, whichever that is.
+
+    Nor may the settings put a space before a text.
+    """
     known = {*fast["model"]["vocab"], *added.values()}
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         settings = read_json(directory / file) if (directory / file).is_file() else {}
         if not isinstance(settings, dict):
             raise DataError(f"{directory / file}: expected a JSON object")
+        if settings.get("add_prefix_space"):  # only GPT-2's class heeds it
+            raise DataError(
+                f"{directory / file}: add_prefix_space, a space before every text, is not "
+                "supported for byte-level BPE; remove the setting if the model was trained without"
+            )
         for name, value in settings.items():
             if not name.endswith(("_token", "_special_tokens")):
                 continue

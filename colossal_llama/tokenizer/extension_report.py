@@ -18,7 +18,7 @@ from colossal_llama.tokenizer.extension import Extension
 from colossal_llama.tokenizer.fast_tokenizer import load
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint
 
-_BATCH = 1000  # documents
+_BATCH = 100  # documents
 _CUT = "\ufffd"  # how a part of a character is read
 REPORT = "extension_report.json"
 
@@ -43,8 +43,16 @@ def describe(source: ExtensibleTokenizer, extended: Extension) -> dict[str, Any]
         # Anything else has ended the command by now.
         "pieces_unreachable": 0,
         "pieces_produced_between": extended.between,
-        "old_ids_moved": 0,
+        "old_ids_moved": _moved(source, extended),
     }
+
+
+def _moved(source: ExtensibleTokenizer, extended: Extension) -> int:
+    """The number of old pieces with another id than before."""
+    old, new = (t.fast["model"]["vocab"] for t in (source, extended.tokenizer))
+    moved = sum(new.get(piece) != key for piece, key in old.items())
+    assert not moved, "an old id has moved"
+    return moved
 
 
 @dataclass
@@ -69,7 +77,8 @@ def compare(
     """
     counts = _Comparison()
     old, new = load(source.fast), load(extended.tokenizer.fast)
-    characters = source.touched_characters(extended.pieces)
+    symbols = extended.tokenizer.symbols() - source.symbols()
+    characters = source.touched_characters([*extended.pieces, *symbols])
     with tqdm(desc="comparing on the sample", unit=" documents", delay=1) as progress:
         documents = iter(texts)
         while batch := list(islice(documents, _BATCH)):
@@ -121,11 +130,7 @@ def write(
 
 
 def write_into(extended: Extension, report: dict[str, Any], target: Path) -> None:
-    """Writes the tokenizer, its settings and the report into ``target``, which exists.
-
-    Raises:
-        DataError: what was written does not read as it should (an old id has moved).
-    """
+    """Writes the tokenizer, its settings and the report into ``target``, which exists."""
     source = extended.tokenizer.path
     extended.tokenizer.write(target, settings_from=source)
     write_json(target / REPORT, {**report, "fingerprint": tokenizer_fingerprint(target)})

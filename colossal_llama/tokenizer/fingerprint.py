@@ -66,7 +66,21 @@ def read_fast_json(directory: Path) -> dict[str, Any]:
 
 
 def added_tokens(directory: Path, fast: dict[str, Any]) -> dict[int, str]:
-    """Id -> text of the tokens that are matched before the model sees the text."""
+    """Id -> text of the tokens that are matched before the model sees the text.
+
+    Raises:
+        DataError: a file that lists them is not built as transformers builds it.
+    """
+    try:
+        return _added_tokens(directory, fast)
+    except (AttributeError, TypeError, ValueError, KeyError):
+        raise DataError(
+            f"{directory}: its added tokens cannot be read; look at added_tokens in "
+            "tokenizer.json, tokenizer_config.json and added_tokens.json"
+        ) from None
+
+
+def _added_tokens(directory: Path, fast: dict[str, Any]) -> dict[int, str]:
     tokens = {int(token["id"]): str(token["content"]) for token in fast.get("added_tokens") or []}
     config = directory / "tokenizer_config.json"
     if config.is_file():

@@ -96,7 +96,7 @@ def open_tokenizer(directory: Path) -> OpenTokenizer:
         source = "tokenizer.json"
     else:
         content, source = _converted(directory)
-    added = _added(directory, content or {})
+    added = added_tokens(directory, content or {})
     fast = FastHalf(directory, content, added) if content else None
     names: dict[int, str] = dict(enumerate(entry.piece for entry in model.pieces)) if model else {}
     if not model and content:
@@ -332,16 +332,6 @@ def _kind_of(model: Any) -> str:
 def _kind_of_fast(content: dict[str, Any]) -> str:
     kind = str(content["model"].get("type"))
     return f"byte-level {kind}" if "ByteLevel" in _steps(content) else kind
-
-
-def _added(directory: Path, content: dict[str, Any]) -> dict[int, str]:
-    try:
-        return added_tokens(directory, content)
-    except (AttributeError, TypeError, ValueError, KeyError):
-        raise DataError(
-            f"{directory}: its added tokens cannot be read; look at added_tokens in "
-            "tokenizer.json, tokenizer_config.json and added_tokens.json"
-        ) from None
 
 
 def _converted(directory: Path) -> tuple[dict[str, Any] | None, str]:

@@ -16,6 +16,9 @@ from pathlib import Path
 from colossal_llama.command import option, run
 from colossal_llama.storage import refuse_existing
 
+# Llama 2 has 32,000 ids; who pads by more has mistyped.
+_LARGEST_MULTIPLE = 65536
+
 
 @dataclass
 class InitTokenizerOptions:
@@ -66,8 +69,10 @@ class InitTokenizerOptions:
             found.append("--target_tokenizer_dir must not be --source_tokenizer_dir")
         if self.expand_tokens_file is None and not self.required_chars:
             found.append("nothing to add: give --expand_tokens_file or --required_chars, or both")
-        if self.pad_vocab_to_multiple_of < 1:
-            found.append("--pad_vocab_to_multiple_of must be positive")
+        if self.calibrate_from is None and self.calibration != "mean":
+            found.append("--calibration says which ratio of --calibrate_from, which is missing")
+        if not 1 <= self.pad_vocab_to_multiple_of <= _LARGEST_MULTIPLE:
+            found.append(f"--pad_vocab_to_multiple_of must be from 1 to {_LARGEST_MULTIPLE}")
         return found
 
 
@@ -91,7 +96,7 @@ def init_tokenizer(options: InitTokenizerOptions) -> None:
         scores = calibration.calibrate(source, options.calibrate_from, options.calibration)
     wanted = piece_list.read_pieces(options.expand_tokens_file, source)
     characters = required_characters(options.required_chars)
-    asked_for = set(wanted.pieces)
+    asked_for = {*wanted.pieces, *wanted.symbols}
     required = [c for c in piece_list.new_characters(characters, source) if c not in asked_for]
     extended = extension.extend(
         source,
@@ -115,6 +120,7 @@ def init_tokenizer(options: InitTokenizerOptions) -> None:
             "ratio": scores.ratio,
             "ratio_is_the": options.calibration,
             "pieces_known_to_both": scores.known,
+            "new_pieces_with_its_scores": len(scores.scores.keys() & set(extended.pieces)),
         }
     if samples:
         texts = (text for path in samples for text in documents(path))

@@ -15,6 +15,9 @@ from colossal_llama.tokenizer.extensible import ExtensibleTokenizer
 # How a list spells a space (U+2581), as SentencePiece does.
 SPACE = "▁"
 
+# In characters. No word is longer, and the merges of a run (=====) grow with its square.
+_LONGEST = 256
+
 
 @dataclass(frozen=True)
 class WantedPieces:
@@ -64,7 +67,7 @@ def read_pieces(path: Path | None, source: ExtensibleTokenizer) -> WantedPieces:
         if line.is_symbol and piece in present:
             raise DataError(f"{line.where}: {line.text!r} is an ordinary piece already; remove it")
         if not initials.isdisjoint(piece):
-            _refuse_reserved(line, piece, reserved - ({piece} & new_symbols), new_symbols)
+            _refuse_reserved(line, piece, reserved, old_symbols | new_symbols)
         duplicates += piece in wanted
         wanted[piece] = None
     return WantedPieces(list(pieces), list(symbols), len(lines), already_there, duplicates)
@@ -86,13 +89,16 @@ def _refuse_unusable(line: _Line, source: ExtensibleTokenizer) -> None:
     if problem is None and not line.is_symbol:
         problem = source.problem_of(line.text)
     if problem:
-        raise DataError(f"{line.where}: the piece {line.text!r} {problem}")
+        shown = line.text if len(line.text) <= 60 else line.text[:60] + "..."
+        raise DataError(f"{line.where}: the piece {shown!r} {problem}")
 
 
 def problem_of(piece: str) -> str | None:
     """Why ``piece`` cannot be added to any tokenizer, or None if it can."""
     if not piece:
         return "is empty"
+    if len(piece) > _LONGEST:
+        return f"has {len(piece)} characters, more than {_LONGEST}"
     for character in piece:
         category = unicodedata.category(character)
         if category == "Cs":

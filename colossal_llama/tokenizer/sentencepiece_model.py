@@ -7,6 +7,7 @@ Field meanings: sentencepiece_model.proto of google/sentencepiece.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -142,8 +143,10 @@ def append_pieces(
         extended.pieces.add(piece=piece, score=score, type=NORMAL)
     for symbol in symbols:
         extended.pieces.add(piece=symbol, score=0.0, type=USER_DEFINED)
-    for key in range(len(extended.pieces), len(extended.pieces) + padding):
-        extended.pieces.add(piece=f"<|unused_{key}|>", score=0.0, type=UNUSED)
+    taken = {entry.piece for entry in extended.pieces}
+    names = (f"<|unused_{key}|>" for key in itertools.count(len(extended.pieces)))
+    for name in itertools.islice((name for name in names if name not in taken), padding):
+        extended.pieces.add(piece=name, score=0.0, type=UNUSED)
     extended.trainer_spec.vocab_size = len(extended.pieces)
     return extended
 

@@ -61,7 +61,8 @@ class SentencePieceTokenizer:
         return special | set(self.added.values())
 
     def touched_characters(self, pieces: Sequence[str]) -> set[str]:
-        return set("".join(map(self.text, pieces))) - {" "}
+        # A space is in nearly every text, but a piece that holds more needs the rest of it too.
+        return set[str]().union(*(set(self.text(piece)) - {" "} or {" "} for piece in pieces))
 
     def problem_of(self, text: str) -> str | None:
         return None
@@ -165,8 +166,9 @@ def read_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     Raises:
         DataError: it is of another kind, or its two halves disagree.
     """
-    _check_class(directory)
+    settings = _settings(directory)
     model = sentencepiece_model.read_model(directory / "tokenizer.model")
+    _check_prefix(directory, model, settings)
     if (directory / "tokenizer.json").is_file():
         fast = read_fast_json(directory)
         _check_same_pieces(directory, model, fast)
@@ -177,7 +179,8 @@ def read_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     return tokenizer
 
 
-def _check_class(directory: Path) -> None:
+def _settings(directory: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, which names a class that does what the model says."""
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict):
@@ -187,6 +190,24 @@ def _check_class(directory: Path) -> None:
         raise DataError(
             f"{path}: tokenizer_class {name} is not supported; if the tokenizer is a plain "
             f"SentencePiece BPE model, set it to {_CLASSES[0]}"
+        )
+    return config
+
+
+def _check_prefix(directory: Path, model: Any, settings: dict[str, Any]) -> None:
+    """transformers may put a space before a text or leave it out, whatever the model says."""
+    path, prefix = directory / "tokenizer_config.json", model.normalizer_spec.add_dummy_prefix
+    given = settings.get("add_prefix_space")
+    puts = "puts a" if prefix else "puts no"
+    if given is not None and given != prefix:
+        raise DataError(
+            f"{path}: add_prefix_space is {str(given).lower()}, but tokenizer.model {puts} space "
+            "before a text; remove the setting if the model was trained with tokenizer.model"
+        )
+    if not prefix and settings.get("legacy") is False:
+        raise DataError(
+            f"{path}: legacy is false, with which transformers' slow tokenizer puts a space "
+            "before a text, but tokenizer.model puts no space there; set it to true"
         )
 
 

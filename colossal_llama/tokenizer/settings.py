@@ -46,6 +46,20 @@ def copy_settings(source: Path | None, target: Path) -> None:
         settings = read_json(config)
         tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name)}
         write_json(special, {name: _plain(token) for name, token in tokens.items()})
+    _drop_prefix_setting(config)
+
+
+def _drop_prefix_setting(config: Path) -> None:
+    """Leaves the space before a text to tokenizer.model and tokenizer.json.
+
+    transformers writes ``add_prefix_space`` on saving. Where it is true, the fast class throws
+    tokenizer.json away and converts tokenizer.model anew; where it is null and ``legacy`` false,
+    the slow class leaves the space out. Measured on transformers 4.51.3.
+    """
+    settings = read_json(config)
+    if "add_prefix_space" in settings:
+        del settings["add_prefix_space"]
+        write_json(config, settings)
 
 
 def default_settings() -> dict[str, Any]:

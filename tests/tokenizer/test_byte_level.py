@@ -393,6 +393,15 @@ def _no_text_becomes(unused: range, fast: Tokenizer, path: Path) -> None:
     assert made.isdisjoint(map(fast.id_to_token, unused))
 
 
+def test_padding_gets_names_that_are_free(plain: ByteLevelTokenizer) -> None:
+    name = "<unused_0>ÿ"
+    extended = _extend(plain, [], symbols=[plain.spell(name)], multiple_of=64)
+    vocabulary = extended.tokenizer.fast["model"]["vocab"]
+    assert vocabulary[name] == plain.size
+    assert len(vocabulary) == extended.tokenizer.size
+    assert extended.tokenizer.size % 64 == 0
+
+
 def test_a_look_up_of_words_cannot_find_padding(sources: dict[str, Path]) -> None:
     """Without a pre-tokenizer's cuts ignore_merges looks whole texts up: the worst case."""
     source = read_byte_level(sources["llama3"])

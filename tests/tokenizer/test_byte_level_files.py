@@ -110,6 +110,12 @@ def test_files_that_contradict_each_other_are_refused(
         settings["tokenizer_class"] = "GPT2Tokenizer"  # another cut into words
         write_json(path / "tokenizer_config.json", settings)
 
+    def put_a_prefix(path: Path) -> None:
+        settings = read_json(path / "tokenizer_config.json")
+        write_json(path / "tokenizer_config.json", {**settings, "add_prefix_space": True})
+
+    refused("prefix", "a space before every text", put_a_prefix)
+    refused("list", "cannot be read", lambda p: write_json(p / "tokenizer_config.json", [1]))
     refused("merges", "merges.txt and tokenizer.json disagree", swap_lines)
     refused("vocab", "vocab.json and tokenizer.json disagree", swap_ids)
     refused("alone", "merges.txt is of no use alone", lambda p: (p / "vocab.json").unlink())

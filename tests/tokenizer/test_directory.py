@@ -14,7 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from colossal_llama.errors import DataError
-from colossal_llama.tokenizer import directory, fast_tokenizer
+from colossal_llama.tokenizer import directory, extension, fast_tokenizer
 from colossal_llama.tokenizer.sentencepiece_model import processor, read_model
 
 
@@ -80,6 +80,47 @@ def test_every_setting_survives(small: Path, tmp_path: Path) -> None:
     assert json.loads((target / "tokenizer.json").read_text(encoding="utf-8")) == read.fast
     loaded = AutoTokenizer.from_pretrained(target)
     assert (loaded.model_max_length, loaded.padding_side, loaded.legacy) == (77, "left", False)
+
+
+@pytest.mark.parametrize("value", [None, True])
+def test_a_setting_that_transformers_adds_on_saving_goes(
+    value: bool | None, small: Path, tmp_path: Path
+) -> None:
+    """With add_prefix_space true the fast class throws tokenizer.json away; with null and
+    ``legacy: false`` the slow one puts no space before a text."""
+    source = tmp_path / "in"
+    shutil.copytree(small, source)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"legacy": False, "add_prefix_space": value}
+    (source / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    extended = extension.extend(directory.read_tokenizer(source), ["您好"], symbols=["<h1>"])
+    target = tmp_path / "out"
+    target.mkdir()
+    extended.tokenizer.write(target, settings_from=source)
+    halves = [AutoTokenizer.from_pretrained(target, use_fast=fast) for fast in (True, False)]
+    texts = ("the", " the", "  two", "<h1>the<h1> x", "x<h1>您好")
+    for text, ids in zip(texts, extended.tokenizer.encode(texts), strict=True):
+        assert [half.encode(text, add_special_tokens=False) for half in halves] == [ids, ids]
+    del config["add_prefix_space"]
+    assert json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8")) == config
+
+
+@pytest.mark.parametrize(
+    ("prefix", "settings"),
+    [
+        (True, {"add_prefix_space": False}),
+        (False, {"add_prefix_space": True}),
+        (False, {"legacy": False}),
+    ],
+)
+def test_settings_that_contradict_the_model_are_refused(
+    prefix: bool, settings: dict[str, bool], small: Path, tmp_path: Path
+) -> None:
+    source = _without_fast_half(small, tmp_path / "in", add_dummy_prefix=prefix)
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(DataError, match=r"a space before a text|puts no space") as caught:
+        directory.read_tokenizer(source)
+    assert str(source / "tokenizer_config.json") in str(caught.value)
 
 
 def test_merges_of_special_tokens_are_left_out(small: Path) -> None:

@@ -133,6 +133,16 @@ def test_padding_stands_for_nothing(small: Path) -> None:
     assert again.tokenizer.production(["世界", "您好"]).missing == []
 
 
+def test_padding_gets_names_that_are_free(small: Path) -> None:
+    source = _read(small)
+    names = [f"<|unused_{key}|>" for key in range(source.size, source.size + 3)]
+    tokenizer = _sentencepiece(extension.extend(source, [], symbols=names, multiple_of=64))
+    pieces = [entry.piece for entry in tokenizer.model.pieces]
+    assert tokenizer.size == len(set(pieces)) == len(pieces)
+    assert tokenizer.size % 64 == 0
+    assert pieces[source.size : source.size + 3] == names
+
+
 def test_symbols_are_cut_out_by_both_halves(small: Path) -> None:
     """As added tokens, which is how transformers converts them, each would bring a prefix."""
     extended = extension.extend(_read(small), ["您好"], symbols=["<h1>", "<h12>", "♞"])

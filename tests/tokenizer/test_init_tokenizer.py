@@ -235,6 +235,11 @@ BAD_LINES = {
         '{"piece": "<h1>", "type": "user_defined"}\n{"piece": "x<h1>"}',
         "user-defined symbol",
     ),
+    "piece and symbol": (
+        '{"piece": "<h1>", "type": "user_defined"}\n{"piece": "<h1>"}',
+        "user-defined symbol",
+    ),
+    "too long": ('{"piece": "' + "字" * 257 + '"}', "257 characters, more than 256"),
     "not JSON": ('{"piece": ', "not JSON"),
     "not an object": ('["你好"]', "expected a JSON object"),
 }
@@ -251,6 +256,47 @@ def test_a_bad_line_is_named(
     assert f"{path}:{line.count(chr(10)) + 2}:" in message
     assert complaint in message
     assert [item.name for item in tmp_path.iterdir()] == ["pieces.jsonl"]
+
+
+def test_a_required_character_may_be_a_symbol(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "required.txt").write_text("\ufeff龘好\n", encoding="utf-8")  # with a mark
+    (tmp_path / "pieces.jsonl").write_text('{"piece": "龘", "type": "user_defined"}')
+    flags = _flags(small, tmp_path / "out", tmp_path / "pieces.jsonl")
+    assert extend([*flags, "--required_chars", tmp_path / "required.txt"]) == 0
+    report = json.loads((tmp_path / "out" / "extension_report.json").read_text(encoding="utf-8"))
+    assert (report["symbols_added"], report["required_characters_added"]) == (["龘"], ["好"])
+    assert report["size_after"] == report["size_before"] + 2
+
+
+def test_a_symbol_may_hold_an_old_symbol(small: Path, tmp_path: Path) -> None:
+    """The longer one is found in a text."""
+    for source, target, symbol in ((small, "one", "<h1>"), (tmp_path / "one", "two", "x<h1>")):
+        path = tmp_path / "pieces.jsonl"
+        path.write_text(json.dumps({"piece": symbol, "type": "user_defined"}), encoding="utf-8")
+        assert extend(_flags(source, tmp_path / target, path)) == 0
+    encoder, fast = _sentencepiece(tmp_path / "two"), _fast(tmp_path / "two")
+    assert encoder.encode("ax<h1>b<h1>") == fast.encode("ax<h1>b<h1>").ids[1:]
+    assert fast.encode("ax<h1>b<h1>").tokens[-3:] == ["x<h1>", "b", "<h1>"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--calibration", "max"], "--calibrate_from, which is missing"),
+        (["--pad_vocab_to_multiple_of", 0], "from 1 to 65536"),
+        (["--pad_vocab_to_multiple_of", 10**9], "from 1 to 65536"),
+    ],
+)
+def test_flags_that_make_no_sense(
+    flags: list[object],
+    complaint: str,
+    small: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert extend([*_flags(small, tmp_path / "out", tmp_path / "none.jsonl"), *flags]) == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert complaint in message
 
 
 def test_a_mistake_ends_the_real_command_with_2(

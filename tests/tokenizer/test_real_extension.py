@@ -131,3 +131,5 @@ def test_compression(extended: Path) -> None:
     assert report["pieces_produced_between"] == {"，X。": report["size_after"] - 32000}
     assert report["sample"]["bytes_per_token_before"] == pytest.approx(2.115, abs=0.001)
     assert report["sample"]["bytes_per_token_after"] > 3.8
+    if "calibration" in report:  # from the model that the pieces are of, which has all of them
+        assert report["calibration"]["new_pieces_with_its_scores"] == 20000
