@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from colossal_llama.errors import DataError
 from colossal_llama.model.checkpoint_layouts import Heads, Part
 from colossal_llama.model.foreign_checkpoint import StoredTensor
+from colossal_llama.model.safetensors_files import FLOATS
 from colossal_llama.model.shard_writer import write_shards
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def check(
         if shape != shapes[name]:
             found = list(shape) if shape is not None else "cannot be divided"
             wrong.append(f"{name} {found} instead of {list(shapes[name])}")
-        elif not origins[name].tensor.dtype.is_floating_point:
+        elif str(origins[name].tensor.dtype).removeprefix("torch.") not in FLOATS.values():
             wrong.append(f"{name} is {origins[name].tensor.dtype}, quantised")
     hint = " (shared with the embedding? then the configuration has to set tie_word_embeddings)"
     problems = [

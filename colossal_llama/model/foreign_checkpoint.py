@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.errors import DataError
-from colossal_llama.storage import read_json
+from colossal_llama.model.safetensors_files import read_index
 
 if TYPE_CHECKING:
     import torch
@@ -81,12 +81,8 @@ def _files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     if len(indices) > 1:
         raise DataError(f"{directory}: two checkpoints: {' and '.join(indices)}; move one away")
     if indices:
-        index = read_json(directory / indices[0])
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise DataError(f"{directory / indices[0]}: not an index: it has no weight_map")
-        return [directory / name for name in sorted(set(index["weight_map"].values()))], index[
-            "weight_map"
-        ]
+        named = read_index(directory / indices[0])["weight_map"]
+        return [directory / name for name in sorted(set(named.values()))], named
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if whole in names:
             return [directory / whole], {}
@@ -145,13 +141,18 @@ def _read_pickle(file: Path) -> dict[str, StoredTensor]:
     except (RuntimeError, EOFError, ValueError, LookupError, OSError) as error:
         raise DataError(f"{file}: not a complete checkpoint file: {_reason(error)}") from None
     return {
-        name: _mapped(value, file)
+        str(name): _mapped(value, f"{file}: {name}", file)
         for name, value in _state_dict(content, file).items()
         if isinstance(value, torch.Tensor)
     }
 
 
-def _mapped(value: torch.Tensor, file: Path) -> StoredTensor:
+def _mapped(value: torch.Tensor, where: str, file: Path) -> StoredTensor:
+    import torch
+
+    if value.is_meta or value.is_quantized or value.layout != torch.strided:
+        kind = "has no numbers" if value.is_meta else "is sparse or quantised"
+        raise DataError(f"{where} {kind}; save the model with ordinary tensors")
     return StoredTensor(tuple(value.shape), value.dtype, file, lambda: value)
 
 
@@ -159,8 +160,8 @@ def _reason(error: Exception) -> str:
     """What torch says is wrong, without its advice how to run the pickle all the same."""
     if isinstance(error, LookupError) or not str(error):  # says a key, or nothing
         return type(error).__name__
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
-    return re.split(r" was not an allowed|\. |\n", text)[0].strip()
+    text = re.split(r"WeightsUnpickler error:|trusted source\.", str(error))[-1].strip()
+    return re.split(r" was not an allowed|\. |\.?\n", text)[0].strip()
 
 
 def _state_dict(content: Any, file: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 import sys
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def _grown(
     """
     from colossal_llama.model.safetensors_files import NewRows
 
-    deviation = float(config.get("initializer_range", 0.02))
+    deviation = config.get("initializer_range", 0.02)
     tied = config.get("tie_word_embeddings", False)
     return {
         name: NewRows(
@@ -221,6 +222,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config, dict) or not isinstance(config.get("vocab_size"), int):
         raise DataError(f"{path}: not a model's configuration: it has no vocab_size")
+    deviation = config.get("initializer_range", 0.02)
+    if not isinstance(deviation, int | float) or not 0 <= deviation < math.inf:
+        raise DataError(f"{path}: initializer_range is {deviation!r}, expected a deviation")
     return config
 
 

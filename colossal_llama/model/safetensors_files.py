@@ -85,12 +85,7 @@ def find_weights(directory: Path) -> Weights:
     """
     path = directory / _INDEX
     if path.is_file():
-        index = read_json(path)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise DataError(f"{path}: not an index: it has no weight_map")
-        for name in set(index["weight_map"].values()):
-            if not isinstance(name, str) or not name or Path(name).name != name:
-                raise DataError(f"{path}: {name!r} is not the name of a file beside it")
+        index = read_index(path)
         return _read_headers(directory, index["weight_map"], index)
     if (directory / _SINGLE).is_file():
         with _open(directory / _SINGLE) as shard:
@@ -102,6 +97,21 @@ def find_weights(directory: Path) -> Weights:
             f"colossal-llama convert-checkpoint --source_checkpoint {directory}"
         )
     raise DataError(f"{directory}: no weights here: {_SINGLE} and {_INDEX} are both missing")
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """An index of shards: its ``weight_map`` names, for every tensor, a file beside it.
+
+    Raises:
+        DataError: it is not such an index.
+    """
+    index = read_json(path)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise DataError(f"{path}: not an index: it has no weight_map")
+    for name in index["weight_map"].values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise DataError(f"{path}: {name!r} is not the name of a file beside it")
+    return index
 
 
 def _read_headers(

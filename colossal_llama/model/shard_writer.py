@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from colossal_llama.errors import DataError
 from colossal_llama.storage import write_json
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ def write_shards(
         sizes: bytes of every tensor, in the order in which they are asked for and divided.
         tensor: makes the tensor of this name: contiguous, and sharing memory with no other.
         label: what the progress bar says.
+
+    Raises:
+        DataError: a file cannot be written, because the disk is full for example.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from tqdm import tqdm
 
@@ -46,7 +51,10 @@ def write_shards(
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             if len(shards) == 1:
                 file = "model.safetensors"
-            save_file(tensors, directory / file, {"format": "pt"})
+            try:
+                save_file(tensors, directory / file, {"format": "pt"})
+            except SafetensorError as error:  # also where it stands for an OSError
+                raise DataError(f"{directory / file}: cannot be written: {error}") from None
             weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

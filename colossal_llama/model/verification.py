@@ -26,6 +26,10 @@ def problem_of(value: str) -> str | None:
     """What is wrong with a text or file to verify on, or None."""
     if not value.strip():
         return "is empty"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return "is not UTF-8 text"
     if value.endswith(_FILES) and not os.path.isfile(value):
         return f"{value}: no such file"
     return None

@@ -125,6 +125,11 @@ def _lose_shard(source: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _point_outside(source: Path) -> None:
+    index = {"weight_map": {"model.embed_tokens.weight": "../x.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def _lie_in_index(source: Path) -> None:
     index = {"weight_map": {"model.embeddings.weight": "model.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -161,6 +166,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "other model": (_configure(model_type="gpt2"), ("config.json", "'gpt2' is not supported")),
     "cut file": (_cut, ("model.safetensors", "not a complete")),
     "lost shard": (_lose_shard, ("lost.safetensors", "index names it")),
+    "file elsewhere": (_point_outside, ("'../x.safetensors' is not the name of a file beside",)),
     "wrong index": (_lie_in_index, ("model.embeddings.weight is missing", "the index")),
     "two copies": (_twice, ("model-2.safetensors", "also in model-1.safetensors")),
     "two files": (_several, ("several checkpoints (a.pth, b.pth)",)),
@@ -175,6 +181,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "layers too few": (_configure(num_hidden_layers=3), ("missing model.layers.2.", "and 5 more")),
     "wrong shape": (_set(Q, torch.ones(48, 40)), (Q, "[48, 40] instead of [48, 48]")),
     "quantised": (_set(Q, torch.ones(48, 48, dtype=torch.int8)), (Q, "torch.int8", "quantised")),
+    "quantised to 8 bits": (
+        _set(Q, torch.ones(48, 48).to(torch.float8_e4m3fn)),
+        (Q, "float8_e4m3fn", "quantised"),
+    ),
+    "sparse": (_set(Q, torch.ones(48, 48).to_sparse()), (Q, "is sparse or quantised")),
+    "no numbers": (_set(Q, torch.ones(48, 48, device="meta")), (Q, "has no numbers")),
+    "number as name": (
+        _edit(lambda state: {**state, 7: torch.ones(2)}),
+        ("not known 7",),
+    ),
     "no head": (
         _edit(lambda state: {name: state[name] for name in state if name != "lm_head.weight"}),
         ("missing lm_head.weight", "tie_word_embeddings"),
@@ -250,6 +266,8 @@ def test_pickled_code_does_not_run(
         torch.save(state, tmp_path / name, _use_new_zipfile_serialization=zipped)
         flags = {"model_config": original / "config.json"}
         assert convert(tmp_path / name, tmp_path / "target", **flags) == 2
-        assert "refused" in capsys.readouterr().err
+        message = capsys.readouterr().err
+        assert "refused" in message
+        assert f"{os.mkdir.__module__}.mkdir" in message
         assert not canary.exists()
         assert not (tmp_path / "target").exists()

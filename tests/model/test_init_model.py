@@ -346,10 +346,17 @@ def _no_tokenizer(source: Path) -> None:
         path.unlink()
 
 
+def _no_deviation(source: Path) -> None:
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["initializer_range"] = None
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no directory": (shutil.rmtree, ("no such model directory",)),
     "no config": (lambda source: (source / "config.json").unlink(), ("config.json",)),
     "other vocab_size": (_shrink_vocabulary, ("700 rows", "vocab_size 600")),
+    "no deviation": (_no_deviation, ("config.json: initializer_range is None",)),
     "cut weights": (_cut_weights, ("model.safetensors", "not a complete")),
     "pickles": (_pickle_weights, (".bin", "convert-checkpoint")),
     "no weights": (lambda source: (source / "model.safetensors").unlink(), ("no weights",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from colossal_llama.errors import DataError
 from colossal_llama.model import new_model, shard_writer
 from colossal_llama.model.configuration import preset_path
 
@@ -157,3 +159,14 @@ def test_memory_is_a_shard_and_not_the_model(old_tokenizer: Path, tmp_path: Path
     written = sum(path.stat().st_size for path in (tmp_path / "large").glob("*.safetensors"))
     assert written > 160_000_000
     assert large - small < 60_000_000
+
+
+def test_a_file_that_cannot_be_written_is_named(old_tokenizer: Path, tmp_path: Path) -> None:
+    """safetensors has an error of its own for a full disk; a limit stands for that here."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"model\.safetensors: cannot be written: .*too large"):
+            make(tmp_path / "model", old_tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -161,7 +161,12 @@ def test_texts_and_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("value", "problem"),
-    [(" ", "is empty"), ("missing.txt", "missing.txt: no such file"), ("Text.", None)],
+    [
+        (" ", "is empty"),
+        ("missing.txt", "missing.txt: no such file"),
+        ("\udcff", "is not UTF-8 text"),  # how Python shows a byte of the command line
+        ("Text.", None),
+    ],
 )
 def test_problems(value: str, problem: str | None) -> None:
     assert problem_of(value) == problem
