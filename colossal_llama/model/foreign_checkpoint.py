@@ -46,7 +46,10 @@ def locate(path: Path) -> Path:
     if not path.exists():
         raise DataError(f"{path}: no such file or directory")
     if (path / "latest").is_file():
-        path = path / (path / "latest").read_text(encoding="utf-8").strip()
+        name = (path / "latest").read_text(encoding="utf-8").strip()
+        if not (path / name).is_dir():
+            raise DataError(f"{path / 'latest'}: it names {name!r}, which is not there")
+        path = path / name
     return path / "modeling" if (path / "modeling").is_dir() else path
 
 

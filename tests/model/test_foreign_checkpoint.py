@@ -166,6 +166,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "other model": (_configure(model_type="gpt2"), ("config.json", "'gpt2' is not supported")),
     "cut file": (_cut, ("model.safetensors", "not a complete")),
     "lost shard": (_lose_shard, ("lost.safetensors", "index names it")),
+    "lost checkpoint": (
+        lambda source: (source / "latest").write_text("epoch-0_step-9\n"),
+        ("latest: it names 'epoch-0_step-9', which is not there",),
+    ),
     "file elsewhere": (_point_outside, ("'../x.safetensors' is not the name of a file beside",)),
     "wrong index": (_lie_in_index, ("model.embeddings.weight is missing", "the index")),
     "two copies": (_twice, ("model-2.safetensors", "also in model-1.safetensors")),
