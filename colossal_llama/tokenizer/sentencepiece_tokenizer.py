@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,7 +122,7 @@ class SentencePieceTokenizer:
         found = zip(merged, _ids(alone.encode(merged)), quick, strict=True)
         dead = {p for p, ids, entry in found if not ids == entry.ids == [keys[p]]}
         texts = {self.text(piece): piece for piece in pieces}
-        whole, fast = processor(self.model), fast_tokenizer.load(self.fast)
+        whole, fast = self._halves
         dead |= {texts[text] for text in _differing(whole, fast, list(texts))}
         between, lost = produced_between(
             {text: keys[piece] for text, piece in texts.items() if piece not in dead},
@@ -130,11 +131,12 @@ class SentencePieceTokenizer:
         missing = dead | {texts[text] for text in lost}
         return Production(between, [piece for piece in pieces if piece in missing])
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return list(_ids(processor(self.model).encode(list(texts))))
-
     def disagreements(self, texts: Sequence[str]) -> list[str]:
-        return _differing(processor(self.model), fast_tokenizer.load(self.fast), list(texts))
+        return _differing(*self._halves, list(texts))
+
+    @cached_property
+    def _halves(self) -> tuple[SentencePieceProcessor, Any]:
+        return processor(self.model), fast_tokenizer.load(self.fast)
 
     def write(self, target: Path, *, settings_from: Path | None) -> None:
         (target / "tokenizer.model").write_bytes(self.model.SerializeToString(deterministic=True))
