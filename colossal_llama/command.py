@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import inspect
 import os
 import sys
 import types
@@ -163,7 +164,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=prog,
-        description=options_type.__doc__,
+        description=inspect.cleandoc(options_type.__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -46,10 +46,10 @@ def copy_settings(source: Path | None, target: Path) -> None:
         settings = read_json(config)
         tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name)}
         write_json(special, {name: _plain(token) for name, token in tokens.items()})
-    _drop_prefix_setting(config)
+    drop_prefix_setting(config)
 
 
-def _drop_prefix_setting(config: Path) -> None:
+def drop_prefix_setting(config: Path) -> None:
     """Leaves the space before a text to tokenizer.model and tokenizer.json.
 
     transformers writes ``add_prefix_space`` on saving. Where it is true, the fast class throws

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from colossal_llama import storage
 from colossal_llama.errors import DataError
+from colossal_llama.tokenizer.settings import drop_prefix_setting
 from colossal_llama.training.optimizer_state import load_optimizer_state, save_optimizer_state
 from colossal_llama.training.plugins import Layout
 
@@ -84,6 +85,7 @@ def save_checkpoint(
     _save_random_states(_rank_file(temporary / "rng", rank))
     if rank == 0:
         tokenizer.save_pretrained(temporary / "modeling")
+        drop_prefix_setting(temporary / "modeling" / "tokenizer_config.json")
         storage.write_json(temporary / "lr_scheduler", asdict(schedule))
         storage.write_json(temporary / "running_states.json", asdict(state))
     dist.barrier()  # other processes' temporary files come and go until they are done

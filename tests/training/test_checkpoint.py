@@ -51,6 +51,8 @@ class Booster:
 class Tokenizer:
     def save_pretrained(self, path: Path) -> None:
         (path / "tokenizer.json").write_text("{}", encoding="utf-8")
+        config = '{"add_prefix_space": null, "legacy": false}'  # as transformers writes it
+        (path / "tokenizer_config.json").write_text(config, encoding="utf-8")
 
 
 class Optimizer:
@@ -158,6 +160,7 @@ def test_checkpoint_is_complete_and_pointed_at(tmp_path: Path) -> None:
     assert files == {
         "modeling/model.safetensors",
         "modeling/tokenizer.json",
+        "modeling/tokenizer_config.json",
         "optimizer/rank-00000.safetensors",
         "rng/rank-00000.safetensors",
         "lr_scheduler",
