@@ -122,6 +122,9 @@ def _names(fast: dict[str, Any], model: Any) -> list[str]:
     for name, key in fast["model"]["vocab"].items():
         if key < len(names):
             names[key] = name
+    if "\0" in names and "\0" not in sentencepiece_model.normal_pieces(model):
+        key = names.index("\0")
+        names[key] = f"<|unused_{key}|>"  # so that NUL is spelled as a byte here too
     return names
 
 

@@ -91,8 +91,16 @@ def processor(model: Any, *, dummy_prefix: bool | None = None) -> SentencePieceP
 
 
 def normal_pieces(model: Any) -> dict[str, int]:
-    """Piece -> id of the pieces that merging can produce; no control, byte or user symbols."""
-    return {entry.piece: key for key, entry in enumerate(model.pieces) if entry.type == NORMAL}
+    """Piece -> id of the pieces that merging can produce; no control, byte or user symbols.
+
+    Where SentencePiece 0.2.3 has bytes, it spells NUL as one even if it is a piece (InternLM).
+    """
+    no_nul = model.trainer_spec.byte_fallback
+    return {
+        entry.piece: key
+        for key, entry in enumerate(model.pieces)
+        if entry.type == NORMAL and not (no_nul and entry.piece == "\0")
+    }
 
 
 def scores(model: Any) -> dict[str, float]:

@@ -183,3 +183,15 @@ def test_an_old_oddity_is_no_warning(small: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) == 701
     assert done.stderr == ""
+
+
+def test_nul_is_a_byte_in_both_halves(small: Path, tmp_path: Path) -> None:
+    """Even where it is a piece, as in InternLM: SentencePiece takes the byte."""
+    source = _without_fast_half(small, tmp_path / "in")
+    model = read_model(source / "tokenizer.model")
+    model.pieces.add(piece="\0", score=-1e6, type=1)
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    read = directory.read_tokenizer(source)
+    assert read.disagreements(["a\0b", "\0", "x\0\0"]) == []
+    extended = extension.extend(read, ["您好"]).tokenizer
+    assert extended.disagreements(["a\0您好", "\0"]) == []
