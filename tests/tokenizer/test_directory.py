@@ -98,8 +98,8 @@ def test_a_setting_that_transformers_adds_on_saving_goes(
     target.mkdir()
     extended.tokenizer.write(target, settings_from=source)
     halves = [AutoTokenizer.from_pretrained(target, use_fast=fast) for fast in (True, False)]
-    texts = ("the", " the", "  two", "<h1>the<h1> x", "x<h1>您好")
-    for text, ids in zip(texts, extended.tokenizer.encode(texts), strict=True):
+    texts = ["the", " the", "  two", "<h1>the<h1> x", "x<h1>您好"]
+    for text, ids in zip(texts, processor(extended.tokenizer.model).encode(texts), strict=True):
         assert [half.encode(text, add_special_tokens=False) for half in halves] == [ids, ids]
     del config["add_prefix_space"]
     assert json.loads((target / "tokenizer_config.json").read_text(encoding="utf-8")) == config
