@@ -249,7 +249,7 @@ def _merge(alphabet: _Alphabet, encoded: Sequence[str], count: int, max_symbols:
     symbols = alphabet.symbols()
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.CharDelimiterSplit(_WORD_END)
-    print(f"learning {count} merges ...", file=sys.stderr, flush=True)
+    print(f"learning {count} merges (Ctrl-C is heard afterwards) ...", file=sys.stderr, flush=True)
     trainer = trainers.BpeTrainer(
         vocab_size=len(symbols) + count,
         min_frequency=_MIN_COUNT,
