@@ -72,6 +72,9 @@ class ExtensibleTokenizer(Protocol):
         """Which of ``pieces`` the written files produce: as exactly one id alone, and between
         neutral neighbours in running text, in every half of the tokenizer."""
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts, as a user gets them, without bos and eos."""
+
     def disagreements(self, texts: Sequence[str]) -> list[str]:
         """Of ``texts``, those that the halves of the tokenizer give different ids."""
 

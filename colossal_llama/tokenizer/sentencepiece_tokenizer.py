@@ -131,6 +131,10 @@ class SentencePieceTokenizer:
         missing = dead | {texts[text] for text in lost}
         return Production(between, [piece for piece in pieces if piece in missing])
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        slow, _ = self._halves
+        return list(_ids(slow.encode(list(texts))))
+
     def disagreements(self, texts: Sequence[str]) -> list[str]:
         return _differing(*self._halves, list(texts))
 
