@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.errors import DataError
-from colossal_llama.tokenizer.fast_tokenizer import load, load_bare
+from colossal_llama.tokenizer.fast_tokenizer import load, load_bare, without_prefix
 from colossal_llama.tokenizer.fingerprint import added_tokens, id_to_piece, read_fast_json
 from colossal_llama.tokenizer.sentencepiece_model import SPACE
 
@@ -93,35 +93,11 @@ def _segmented(
         if key not in readable and piece is not None and not _PADDING.fullmatch(piece)
     }
     readable = {key: text for key, text in readable.items() if not _PADDING.fullmatch(text)}
-    for encoder, chosen in ((_without_prefix(fast), readable), (load_bare(fast), spelled)):
+    for encoder, chosen in ((load(without_prefix(fast)), readable), (load_bare(fast), spelled)):
         encodings = encoder.encode_batch(list(chosen.values()), add_special_tokens=False)
         for key, encoding in zip(chosen, encodings, strict=True):
             bags[key] = encoding.ids
     return bags
-
-
-def _without_prefix(fast: dict[str, Any]) -> Any:
-    """The tokenizer that ``fast`` describes, for text in the middle of a line.
-
-    It adds no prefix, no bos and no eos, and reads ``</s>`` as four characters.
-    """
-    steps = {name: _drop_prefix(fast.get(name)) for name in ("normalizer", "pre_tokenizer")}
-    return load({**fast, **steps, "post_processor": None})
-
-
-def _drop_prefix(step: Any) -> Any:
-    """A normaliser or pre-tokenizer without what puts a space before the text."""
-    if not isinstance(step, dict) or step.get("type") == "Prepend":
-        return None
-    if step["type"] == "Metaspace":
-        return {**step, "prepend_scheme": "never", "add_prefix_space": False}
-    if step["type"] == "ByteLevel":
-        return {**step, "add_prefix_space": False}
-    for name in ("normalizers", "pretokenizers"):
-        if name in step:
-            kept = [_drop_prefix(inner) for inner in step[name]]
-            return {**step, name: [inner for inner in kept if inner is not None]}
-    return step
 
 
 def _texts(

@@ -158,6 +158,8 @@ def load(fast: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(json.dumps(fast, ensure_ascii=False))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -169,3 +171,24 @@ def load_bare(fast: dict[str, Any]) -> Tokenizer:
     bare = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
     model = {**fast["model"], "ignore_merges": False}
     return load({**fast, **bare, "model": model, "added_tokens": []})
+
+
+def without_prefix(fast: dict[str, Any]) -> dict[str, Any]:
+    """``fast`` for text in the middle of a line: nothing is put before it."""
+    steps = ("normalizer", "pre_tokenizer")
+    return {**fast, **{name: _drop_prefix(fast.get(name)) for name in steps}}
+
+
+def _drop_prefix(step: Any) -> Any:
+    """A normaliser or pre-tokenizer without what puts a space before the text."""
+    if not isinstance(step, dict) or step.get("type") == "Prepend":
+        return None
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never", "add_prefix_space": False}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    for name in ("normalizers", "pretokenizers"):
+        if name in step:
+            kept = [_drop_prefix(inner) for inner in step[name]]
+            return {**step, name: [inner for inner in kept if inner is not None]}
+    return step

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from colossal_llama.errors import DataError
 from colossal_llama.storage import read_json
 from colossal_llama.tokenizer.byte_level import byte_alphabet
+from colossal_llama.tokenizer.fast_tokenizer import load, load_bare, without_prefix
 from colossal_llama.tokenizer.fingerprint import added_tokens, read_fast_json
 from colossal_llama.tokenizer.neighbours import produced_between
 from colossal_llama.tokenizer.sentencepiece_model import (
@@ -28,7 +29,7 @@ from colossal_llama.tokenizer.sentencepiece_model import (
 )
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    pass
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 # TrainerSpec.ModelType
@@ -161,7 +162,7 @@ class FastHalf:
 
     def __init__(self, directory: Path, content: dict[str, Any], added: dict[int, str]) -> None:
         try:
-            self._encoder = _load(content)
+            self._encoder = load(content)
         except Exception as error:  # the library raises no other class
             reason = " ".join(str(error).split())
             raise DataError(f"{directory}/tokenizer.json: cannot be loaded: {reason}") from None
@@ -203,7 +204,10 @@ class FastHalf:
         whole = {piece: key for piece, key in pieces.items() if texts[piece] is not None}
         dead = self._unmerged({p: key for p, key in pieces.items() if texts[p] is None})
         known = [text for text in texts.values() if text is not None]
-        alone = _load(_without_prefix(self._content, look_up=bool(self._bytes)))
+        if not self._bytes and model.get("ignore_merges"):
+            # Whole words are looked up; where nothing splits words, that finds any piece.
+            model = {**model, "ignore_merges": False}
+        alone = load({**without_prefix(self._content), "model": model})
         encodings = alone.encode_batch_fast(known, add_special_tokens=False)
         dead |= set(_missing(whole, known, (entry.ids for entry in encodings), self))
         return [piece for piece in pieces if piece in dead]
@@ -212,7 +216,7 @@ class FastHalf:
         """Pieces that merging does not give. A cut character is no text, so only it is asked."""
         if not cut:
             return set()
-        merged = _load(_bare(self._content)).encode_batch_fast(list(cut), add_special_tokens=False)
+        merged = load_bare(self._content).encode_batch_fast(list(cut), add_special_tokens=False)
         return {p for (p, key), got in zip(cut.items(), merged, strict=True) if got.ids != [key]}
 
     def _spell(self, piece: str) -> bytes:
@@ -250,59 +254,6 @@ def _missing(
 def _spelled(piece: str) -> bytes:
     match = _BYTE_PIECE.fullmatch(piece)
     return bytes([int(match[1], 16)]) if match else piece.encode("utf-8")
-
-
-def _load(content: dict[str, Any]) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    encoder = Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
-    encoder.no_truncation()
-    encoder.no_padding()
-    encoder.encode_special_tokens = True
-    return encoder
-
-
-def _without_prefix(content: dict[str, Any], *, look_up: bool) -> dict[str, Any]:
-    """``content`` with nothing put before a text.
-
-    Args:
-        look_up: whether ``ignore_merges`` stays: whole words of byte-level BPE are looked up,
-            but where words are not split it would find any text that is a piece.
-    """
-
-    def strip(step: Any) -> Any:
-        if not isinstance(step, dict):
-            return step
-        step = {
-            key: [strip(inner) for inner in value if not _is_prefix(inner)]
-            if isinstance(value, list)
-            else value
-            for key, value in step.items()
-        }
-        if step.get("type") in ("Metaspace", "ByteLevel"):
-            step["add_prefix_space"] = False
-        if step.get("type") == "Metaspace":
-            step["prepend_scheme"] = "never"
-        return step
-
-    model = content["model"]
-    if not look_up and model.get("ignore_merges"):
-        model = {**model, "ignore_merges": False}
-    return {
-        **content,
-        "normalizer": strip(content.get("normalizer")),
-        "pre_tokenizer": strip(content.get("pre_tokenizer")),
-        "model": model,
-    }
-
-
-def _is_prefix(step: Any) -> bool:
-    return isinstance(step, dict) and step.get("type") == "Prepend"
-
-
-def _bare(content: dict[str, Any]) -> dict[str, Any]:
-    nothing = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor"))
-    return {**content, **nothing, "added_tokens": []}
 
 
 def _vocabulary(content: dict[str, Any]) -> dict[str, int]:
