@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from colossal_llama import __version__, command
 
-# name: (module, options, function, summary). Modules are imported only when called.
+# name: (module, options, function, summary). Modules are imported only when called. A name may
+# be two words: commands with the same first word are a group.
 COMMANDS = {
     "demo": (
         "demo.demo",
@@ -59,6 +60,12 @@ COMMANDS = {
         "prepare_sft_dataset",
         "turn conversations into Arrow data",
     ),
+    "data inspect": (
+        "dataset.inspection.inspect_dataset",
+        "InspectOptions",
+        "inspect_dataset",
+        "show what a prepared dataset holds: counts, balance, rows as text",
+    ),
     "train": (
         "training.train",
         "TrainOptions",
@@ -89,36 +96,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2
-    name = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words])
     if name not in COMMANDS:
-        print(
-            f"error: unknown command {name}; there are: {', '.join(COMMANDS)}",
-            file=sys.stderr,
-        )
-        return 2
+        return _answer_unknown(arguments)
     module_name, options_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(f"colossal_llama.{module_name}")
     return command.run(
         getattr(module, options_name),
         getattr(module, function_name),
-        arguments[1:],
+        arguments[words:],
         prog=f"colossal-llama {name}",
     )
 
 
-def usage() -> str:
-    """The text of ``colossal-llama --help``."""
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {summary}" for name, (*_, summary) in COMMANDS.items()]
+def usage(group: str = "") -> str:
+    """The text of ``colossal-llama --help``, or of ``colossal-llama GROUP --help``."""
+    commands = _group(group) if group else COMMANDS
+    width = max(map(len, commands))
+    rows = [f"  {name:<{width}}  {summary}" for name, (*_, summary) in commands.items()]
+    prefix = f"{group} " if group else ""
     return "\n".join(
         [
-            "usage: colossal-llama COMMAND [--flags]",
+            f"usage: colossal-llama {prefix}COMMAND [--flags]",
             "",
             *rows,
             "",
-            "colossal-llama COMMAND --help explains a command's flags.",
+            f"colossal-llama {prefix}COMMAND --help explains a command's flags.",
         ]
     )
+
+
+def _group(name: str) -> dict[str, tuple[str, str, str, str]]:
+    return {key: row for key, row in COMMANDS.items() if key.startswith(f"{name} ")}
+
+
+def _answer_unknown(arguments: list[str]) -> int:
+    """Lists the commands of a group, or says that there is no such command."""
+    group, *rest = arguments
+    known = _group(group)
+    if known and (not rest or rest[0] in ("-h", "--help")):
+        print(usage(group))
+        return 0 if rest else 2
+    name = f"{group} {rest[0]}" if known else group
+    print(
+        f"error: unknown command {name}; there are: {', '.join(known or COMMANDS)}",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ The dataclass is the only place where a flag, its default, its help and its chec
     if __name__ == "__main__":
         sys.exit(run(CountOptions, count))
 
-Every field becomes ``--name``. Every command also takes ``--config run.yaml``, a mapping from
-field names to values, which flags override. This module imports nothing heavy: ``--help`` has
-to answer at once.
+Every field becomes ``--name``, or an argument without a flag if it is ``positional``. Every
+command also takes ``--config run.yaml``, a mapping from field names to values, which flags
+override. This module imports nothing heavy: ``--help`` has to answer at once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import itertools
 import os
 import sys
 import types
@@ -42,7 +43,7 @@ _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
 # What a user can mend: a path, a right, a disk. A full disk often has no path to name.
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MENDABLE = _FULL | {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
@@ -56,6 +57,7 @@ def option(
     names: Sequence[str] = (),
     choices: Sequence[str] | None = None,
     comma: bool = False,
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
@@ -65,8 +67,10 @@ def option(
         names: further spellings, e.g. ``("-w", "--weight_decay")``.
         choices: the allowed values.
         comma: for list fields: one comma-separated value instead of several values.
+        positional: for a single value: given without a flag. ``--config`` knows it by its name.
     """
     metadata = {"help": help, "names": tuple(names), "choices": choices, "comma": comma}
+    metadata["positional"] = positional
     if default is _REQUIRED:
         return dataclasses.field(default=_REQUIRED, metadata=metadata)
     if isinstance(default, list):
@@ -119,11 +123,13 @@ def parse(
         UsageError: naming every problem at once.
     """
     parser = _parser(options_type, prog)
-    given = vars(parser.parse_args(argv))
+    arguments = _with_bare_booleans(options_type, sys.argv[1:] if argv is None else argv)
+    found = vars(parser.parse_args(arguments))
+    given = {name: value for name, value in found.items() if value is not None}
     config = given.pop("config", None)
     values = {**(_read_config(options_type, Path(config)) if config else {}), **given}
     missing = [
-        f"--{field.name} is required"
+        f"{_spelling(field)} is required"
         for field in _fields(options_type)
         if field.default is _REQUIRED and field.name not in values
     ]
@@ -181,8 +187,36 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
             settings["nargs"] = "+"
         if is_bool:
             settings.update(nargs="?", const=True)
-        parser.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
+        if field.metadata["positional"]:
+            assert not is_list
+            assert not is_bool
+            del settings["dest"]
+            # It may stand in --config alone; the default SUPPRESS would come back as its value.
+            parser.add_argument(field.name, nargs="?", default=None, **settings)
+        else:
+            parser.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
     return parser
+
+
+def _with_bare_booleans(options_type: type, argv: Sequence[str]) -> list[str]:
+    """``argv`` in which a bare boolean flag does not take a positional argument for its value."""
+    fields = _fields(options_type)
+    if not any(field.metadata["positional"] for field in fields):
+        return list(argv)
+    flags = {
+        spelling
+        for field in fields
+        if _converter(options_type, field)[2]
+        for spelling in (f"--{field.name}", *field.metadata["names"])
+    }
+    return [
+        f"{word}=true" if word in flags and following.lower() not in _TRUE | _FALSE else word
+        for word, following in itertools.zip_longest(argv, argv[1:], fillvalue="")
+    ]
+
+
+def _spelling(field: dataclasses.Field[Any]) -> str:
+    return field.name.upper() if field.metadata["positional"] else f"--{field.name}"
 
 
 def _fields(options_type: type) -> list[dataclasses.Field[Any]]:
@@ -209,9 +243,17 @@ def _converter(
     if typing.get_origin(kind) is list:
         (item,) = typing.get_args(kind)
         if field.metadata["comma"]:
-            return (lambda text: [item(part) for part in text.split(",") if part], True, False)
+            return _comma_separated(item), True, False
         return item, True, False
     return (_boolean, False, True) if kind is bool else (kind, False, False)
+
+
+def _comma_separated(item: type) -> Callable[[str], list[Any]]:
+    def convert(text: str) -> list[Any]:
+        return [item(part) for part in text.split(",") if part]
+
+    convert.__name__ = f"comma-separated {item.__name__}"  # argparse names it in errors
+    return convert
 
 
 def _boolean(text: str) -> bool:

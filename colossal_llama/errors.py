@@ -23,3 +23,14 @@ class UsageError(ColossalLlamaError):
 
 class DataError(ColossalLlamaError):
     """An input file is missing, malformed or does not belong to what it is used with."""
+
+
+class RecordError(ColossalLlamaError):
+    """One record of the input is malformed.
+
+    Says only the reason: who reads knows file and line. ``text`` is the beginning of the record.
+    """
+
+    def __init__(self, reason: str, text: str = "") -> None:
+        super().__init__(reason)
+        self.text = text

@@ -49,15 +49,15 @@ def help_of(arguments: list[str]) -> str:
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_command_explains_every_flag_at_once(name: str) -> None:
-    text = help_of(["-m", "colossal_llama.cli", name])
+    text = help_of(["-m", "colossal_llama.cli", *name.split()])
     assert f"usage: colossal-llama {name}" in text
     module, options_name, _, _ = cli.COMMANDS[name]
     options = getattr(importlib.import_module(f"colossal_llama.{module}"), options_name)
     # From each flag to what is said about it, whether beside it or on the lines below.
-    blocks = [" ".join(block.split()) for block in re.split(r"\n  (?=-)", text)]
-    about = {block.split()[0].rstrip(","): block for block in blocks}
+    blocks = [" ".join(block.split()) for block in re.split(r"\n  (?=[-A-Z])|\n\n", text)]
+    about = {block.split()[0].rstrip(","): block for block in blocks if block}
     for field in dataclasses.fields(options):
-        block = about[f"--{field.name}"]
+        block = about[command._spelling(field)]
         assert str(field.metadata["help"]) in block
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
@@ -94,7 +94,7 @@ def test_command_without_flags_says_what_it_needs(
         return
     with pytest.raises(UsageError) as caught:
         command.parse(options, [])
-    assert cli.main([name]) == 2
+    assert cli.main(name.split()) == 2
     assert capsys.readouterr().err == f"error: {caught.value}\n"
 
 
@@ -105,6 +105,24 @@ def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"{name} " in text
         assert summary in text
     assert cli.main([]) == 2
+
+
+def test_a_group_lists_its_commands_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = {name.split()[0] for name in cli.COMMANDS if " " in name}
+    assert "data" in groups
+    for group in groups:
+        assert cli.main([group]) == 2
+        text = capsys.readouterr().out
+        assert cli.main([group, "--help"]) == 0
+        assert capsys.readouterr().out == text
+        assert text.startswith(f"usage: colossal-llama {group} COMMAND")
+        for name, (*_, summary) in cli.COMMANDS.items():
+            assert (summary in text) == name.startswith(f"{group} ")
+        assert cli.main([group, "nonsense"]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: unknown command {group} nonsense; there are: ")
+        assert "doctor" not in printed.err
+        assert printed.out == ""
 
 
 def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:

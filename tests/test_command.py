@@ -183,6 +183,57 @@ def test_help_says_every_flag_with_its_default(capsys: pytest.CaptureFixture[str
         assert part in text, part
 
 
+@dataclass
+class LookOptions:
+    """Options with an argument that needs no flag."""
+
+    place: Path = option(help="where to look", positional=True)
+    deep: bool = option(False, help="a boolean", names=("-d",))
+    size: int = option(1, help="a count")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["here", "--deep", "--size", "3"],
+        ["--deep", "here", "--size", "3"],
+        ["-d", "here", "--size=3"],
+        ["--size", "3", "--deep", "here"],
+        ["--size", "3", "here", "--deep", "true"],
+        ["--deep=true", "--size", "3", "here"],
+    ],
+)
+def test_a_positional_argument_stands_anywhere(argv: list[str]) -> None:
+    assert command.parse(LookOptions, argv) == LookOptions(Path("here"), deep=True, size=3)
+
+
+def test_a_flag_may_still_be_told_its_value_before_a_positional_argument() -> None:
+    assert command.parse(LookOptions, ["--deep", "no", "here"]) == LookOptions(Path("here"))
+
+
+def test_a_positional_argument_is_a_setting_like_any_other(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("{place: there, deep: true}", encoding="utf-8")
+    argv = ["--config", str(config)]
+    assert command.parse(LookOptions, argv) == LookOptions(Path("there"), deep=True)
+    assert command.parse(LookOptions, ["here", *argv]) == LookOptions(Path("here"), deep=True)
+    options = LookOptions(Path("here"), size=2)
+    config.write_text(json.dumps(command.as_dict(options)), encoding="utf-8")
+    assert command.parse(LookOptions, argv) == options
+
+
+def test_a_missing_or_second_positional_argument_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(UsageError, match=r"^PLACE is required$"):
+        command.parse(LookOptions, ["--deep"])
+    with pytest.raises(UsageError, match="there"):
+        command.parse(LookOptions, ["here", "there"])
+    with pytest.raises(SystemExit):
+        command.parse(LookOptions, ["--help"])
+    assert "PLACE where to look (required)" in " ".join(capsys.readouterr().out.split())
+
+
 def run_raising(error: BaseException) -> int:
     def function(options: Any) -> None:
         raise error

@@ -1,9 +1,8 @@
-"""Divides the documents of a category into bins, and gives every shuffle its order."""
+"""Divides the rows of a category into bins, and gives every shuffle its order."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,42 +22,21 @@ def seeded_order(count: int, *seed: int | str) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
-def divide(
-    lengths: np.ndarray, categories: np.ndarray, names: list[str], num_bins: int, seed: int
-) -> list[list[np.ndarray]]:
-    """Divides every category into ``num_bins`` bins of near-equal tokens.
+def bin_of_rows(sizes: np.ndarray, num_bins: int) -> np.ndarray:
+    """Cuts a list of rows into ``num_bins`` stretches of near-equal tokens.
 
-    Each category is shuffled; then every document goes to the bin of its category that holds
-    the fewest tokens so far, so that two bins of a category never differ by more than its
-    longest document. A tie goes to the bucket that the categories before have filled least:
-    a handful of documents ends up in as many buckets as possible.
+    Each holds its share of all tokens, give or take one row; where there are fewer rows than
+    bins, some hold none.
 
     Args:
-        lengths: tokens per document, [documents].
-        categories: index into ``names`` per document, [documents].
-        names: the categories; each is shuffled by its name, whatever other categories exist.
-        num_bins: how many bins (and buckets).
-        seed: the shuffle.
+        sizes: tokens per row, int64 [rows].
+        num_bins: how many stretches.
 
     Returns:
-        ``bins[bucket][category]``: document numbers, int64.
+        The bin of every row, rising, int64 [rows].
     """
     import numpy as np
 
-    buckets: list[list[np.ndarray]] = [[] for _ in range(num_bins)]
-    filled = [0] * num_bins
-    for index, name in enumerate(names):
-        documents = np.flatnonzero(categories == index)
-        documents = documents[seeded_order(len(documents), seed, "documents", name)]
-        heap = [(0, filled[bucket], bucket) for bucket in range(num_bins)]
-        heapq.heapify(heap)
-        members: list[list[int]] = [[] for _ in range(num_bins)]
-        for document, length in zip(documents.tolist(), lengths[documents].tolist(), strict=True):
-            tokens, before, bucket = heap[0]
-            heapq.heapreplace(heap, (tokens + length, before, bucket))
-            members[bucket].append(document)
-        for tokens, _, bucket in heap:
-            filled[bucket] += tokens
-        for bucket, chosen in enumerate(members):
-            buckets[bucket].append(np.array(chosen, dtype=np.int64))
-    return buckets
+    total = max(1, int(sizes.sum()))
+    middles = np.cumsum(sizes) - sizes / 2
+    return np.minimum(middles * num_bins // total, num_bins - 1).astype(np.int64)

@@ -1,285 +1,366 @@
-"""From tokenised documents to parts and a manifest: what both kinds of dataset share."""
+"""From input files to parts and a manifest: what both kinds of dataset share.
+
+1. Chunks of the input are read, checked, cleaned and tokenised, each by one worker process.
+2. From the documents' lengths alone a plan of all parts is made (``layout.py``).
+3. Parts are written, each by one worker process.
+4. The manifest is written, and the output takes its name.
+
+Chunks and parts that are done are not done again by a run that resumes, or by another machine.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import functools
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from colossal_llama.command import option
-from colossal_llama.dataset.bins import divide, seeded_order
+from colossal_llama.dataset.chunk_worker import ChunkWorker
+from colossal_llama.dataset.layout import LayoutOptions, Plan, plan_parts
 from colossal_llama.dataset.manifest import (
+    MANIFEST_FILE,
     SCHEMA_VERSION,
-    ArrowFile,
+    VALIDATION_PART,
     CategoryCount,
+    DocumentCount,
     Manifest,
     Part,
     TokenizerIdentity,
+    read_manifest,
 )
-from colossal_llama.dataset.packing import Row
-from colossal_llama.dataset.spool import Document, Spool
-from colossal_llama.dataset.writer import (
-    ARROW_FILE,
-    IGNORE_INDEX,
-    RowData,
-    write_json_lines,
-    write_part,
-)
+from colossal_llama.dataset.options import DatasetOptions
+from colossal_llama.dataset.results import Results
+from colossal_llama.dataset.selection import check_mix, parse_mix
+from colossal_llama.dataset.sources import Chunk
+from colossal_llama.dataset.spool import ChunkFiles
+from colossal_llama.dataset.summary import summary
+from colossal_llama.dataset.workers import Workers, available_cores
+from colossal_llama.dataset.workspace import Places, hold_completion, open_workspace
 from colossal_llama.errors import DataError
-from colossal_llama.storage import atomic_directory, sha256_file
 
 if TYPE_CHECKING:
     import numpy as np
 
-Pack = Callable[[Iterable[tuple[int, int]]], Iterator[Row]]
+# Below this, starting processes takes longer than one process with threads takes for all.
+_ONE_PROCESS_BYTES = 8 << 20
 
-_MOST_BINS = 100_000  # part-00000 to part-99999
+# Flags on which the output does not depend.
+_ELSEWHERE = {
+    *("data_input_dirs", "data_arrow_output_dir", "data_jsonl_output_dir", "data_cache_dir"),
+    *("max_rejected", "num_workers", "resume", "shard", "overwrite", "tokenizer_backend"),
+}
+_DUPLICATE = "duplicate"
 
 
-@dataclass
-class DatasetOptions:
-    """What preparing any kind of dataset asks for."""
-
-    data_input_dirs: list[Path] = option(
-        help="directories or files of .jsonl or .jsonl.gz, separated by commas", comma=True
-    )
-    tokenizer_dir: Path = option(help="tokenizer of the model that will be trained")
-    data_arrow_output_dir: Path = option(help="where the part-* directories and manifest go")
-    data_jsonl_output_dir: Path | None = option(
-        None, help="also write every part as JSON lines into this directory, for reading"
-    )
-    data_cache_dir: Path | None = option(
-        None,
-        help="where temporary files go, about 5 bytes a token, removed at the end; "
-        "without it, beside the output",
-    )
-    max_length: int = option(4096, help="longest row in tokens")
-    num_spliced_dataset_bins: int = option(
-        10, help="number of part-* directories; each holds the same share of every category"
-    )
-    seed: int = option(42, help="seed of the shuffle")
-    overwrite: bool = option(False, help="replace output directories that exist")
-
-    def problems(self) -> list[str]:
-        """What is wrong with the flags."""
-        found = []
-        if not self.data_input_dirs:
-            found.append("--data_input_dirs names nothing")
-        if self.max_length < 2:
-            found.append("--max_length must be at least 2")
-        if not 1 <= self.num_spliced_dataset_bins <= _MOST_BINS:
-            found.append(f"--num_spliced_dataset_bins must be between 1 and {_MOST_BINS}")
-        return found + self._overlaps()
-
-    def _overlaps(self) -> list[str]:
-        """Outputs are replaced as a whole: nothing that is needed may be or lie in one."""
-        outputs = {"--data_arrow_output_dir": self.data_arrow_output_dir}
-        if self.data_jsonl_output_dir:
-            outputs["--data_jsonl_output_dir"] = self.data_jsonl_output_dir
-        needed = [("--data_input_dirs", path) for path in self.data_input_dirs]
-        needed += [("--tokenizer_dir", self.tokenizer_dir), *outputs.items()]
-        if self.data_cache_dir:
-            needed.append(("--data_cache_dir", self.data_cache_dir))
-        return [
-            f"{flag} {path} is or lies in {output_flag} {output}, which is replaced as a whole"
-            for output_flag, output in outputs.items()
-            for flag, path in needed
-            if flag != output_flag and path.resolve().is_relative_to(output.resolve())
-        ]
+class RejectedError(DataError):
+    """Too many records are malformed. What was tokenised is kept for ``--resume``."""
 
 
 @dataclass
-class Workspace:
-    """Temporary directories of a run; the outputs take their final names when it succeeds."""
-
-    arrow: Path
-    jsonl: Path | None
-    spool: Spool
-
-
-@contextmanager
-def workspace(options: DatasetOptions) -> Iterator[Workspace]:
-    """Yields where to write; on an exception nothing of it stays.
-
-    Raises:
-        DataError: an output exists and ``--overwrite`` is not given.
-    """
-    with contextlib.ExitStack() as outputs:
-        overwrite = options.overwrite
-        arrow = outputs.enter_context(
-            atomic_directory(options.data_arrow_output_dir, overwrite=overwrite)
-        )
-        jsonl = options.data_jsonl_output_dir and outputs.enter_context(
-            atomic_directory(options.data_jsonl_output_dir, overwrite=overwrite)
-        )
-        if options.data_cache_dir:
-            options.data_cache_dir.mkdir(parents=True, exist_ok=True)
-        cache = Path(tempfile.mkdtemp(prefix="tokenised-", dir=options.data_cache_dir or arrow))
-        try:
-            yield Workspace(arrow, jsonl, Spool(cache))
-        finally:
-            shutil.rmtree(cache)
-
-
-def spool_documents(documents: Iterable[Document], spool: Spool) -> None:
-    """Writes every document to the spool, under a progress bar.
-
-    Raises:
-        DataError: there is none.
-    """
-    from tqdm import tqdm
-
-    for document in tqdm(documents, desc="tokenise", unit=" documents", disable=None):
-        spool.add(document)
-    if not len(spool):
-        raise DataError("the input holds no document that could be kept; give other input")
-    spool.finish()
-
-
-def write_parts(
-    options: DatasetOptions,
-    space: Workspace,
-    pack: Pack,
-    *,
-    kind: str,
-    tokenizer: TokenizerIdentity,
-    rejected: dict[str, int],
-    shortened: int = 0,
-    chat_template: str | None = None,
-) -> Manifest:
-    """Divides the spooled documents into bins, lays out the rows, writes parts and manifest.
+class Job:
+    """A run of one of the commands.
 
     Args:
-        options: the command's options.
-        space: where to write; its spool is finished.
-        pack: lays (document number, length) pairs out in rows.
         kind: "pretrain" or "sft".
-        tokenizer: what made the ids.
-        rejected: reason -> count of input left out.
-        shortened: conversations whose last turns were left out.
-        chat_template: what formatted conversations.
+        options: of the command.
+        files: the input, in order.
+        chunks: the input, cut.
+        make_kind: builds the kind of documents in a worker; is given ``parallel``, whether it
+            may use several threads.
+        tokenizer: what makes the ids.
+        backend: "hf" or "gigatoken".
+        packing: how documents share rows, a name of ``PACKINGS``.
+        stages: cleaning stages that may exclude documents.
+        chat_template: what formats conversations.
+        whole_texts: a ``.txt`` file is one document.
+        deduplicate: "none", "exact" or "near".
     """
+
+    kind: str
+    options: DatasetOptions
+    files: list[Path]
+    chunks: list[Chunk]
+    make_kind: Callable[..., Any]
+    tokenizer: TokenizerIdentity
+    backend: str
+    packing: str
+    stages: list[str]
+    chat_template: str | None = None
+    whole_texts: bool = False
+    deduplicate: str = "none"
+
+    def settings(self) -> dict[str, Any]:
+        """All on which the output depends, as plain values."""
+        from colossal_llama.command import as_dict
+
+        flags = {k: v for k, v in as_dict(self.options).items() if k not in _ELSEWHERE}
+        return {
+            **flags,
+            "kind": self.kind,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
+            "tokenizer_backend": self.backend,
+            "chat_template": self.chat_template,
+            "inputs": [
+                {"file": str(file), "bytes": file.stat().st_size, "ends": _ends_hash(file)}
+                for file in self.files
+            ],
+        }
+
+
+def build_dataset(job: Job) -> None:
+    """Runs a job, or as much of it as this machine's share is.
+
+    Raises:
+        DataError: the input cannot be used, or an output exists.
+    """
+    options = job.options
+    places = Places.of(
+        options.data_arrow_output_dir, options.data_jsonl_output_dir, options.data_cache_dir
+    )
+    settings = job.settings()
+    share, shares = options.share()
+    if shares > 1 and _is_complete(places, settings):
+        print(f"{options.data_arrow_output_dir} is complete")
+        return
+    with open_workspace(
+        places,
+        settings,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        share=share if options.shard else None,
+    ):
+        try:
+            _run(job, places, settings)
+        except RejectedError:
+            raise
+        except DataError:
+            if options.shard is None:
+                places.discard()
+            raise
+
+
+def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
+    share, shares = job.options.share()
+    count, threads = _processes(job)
+    make = functools.partial(
+        ChunkWorker,
+        functools.partial(job.make_kind, parallel=threads > 1),
+        places.spool,
+        whole_texts=job.whole_texts,
+        near_duplicates=job.deduplicate == "near",
+        threads=threads,
+    )
+    with Workers(make, count) as workers:
+        _tokenize(job, places, workers)
+        missing = _missing_chunks(job, places)
+        if missing:
+            others = sorted({number % shares + 1 for number in missing})
+            print(
+                f"share {share + 1} of {shares} is tokenised; still to come: "
+                f"{', '.join(map(str, others))}. Run each share again when all are"
+            )
+            return
+        results = Results.of(places.spool, job.chunks)
+        try:
+            results.check_rejected(job.options.max_rejected, places.rejected)
+        except DataError as error:
+            raise RejectedError(str(error)) from None
+        table = results.table()
+        kept = _kept(job, results, table)
+        if not kept.any():
+            left_out = results.total("rejected") + results.total("filtered")
+            why = ", ".join(f"{number} {reason}" for reason, number in left_out.items())
+            raise DataError(
+                f"the input holds no document that could be kept ({why or 'it is empty'}); "
+                "give other input, or allow more"
+            )
+        plan = _plan(job, results, table, kept)
+        _write_parts(job, places, plan, workers)
+        with hold_completion(places):
+            _complete(job, places, settings, results, table, kept, plan, workers)
+
+
+def _processes(job: Job) -> tuple[int, int]:
+    """Worker processes, and threads in each."""
+    cores = job.options.num_workers or available_cores()
+    small = sum(chunk.size for chunk in job.chunks) < _ONE_PROCESS_BYTES
+    if small and job.options.num_workers is None:
+        return 1, cores
+    count = max(1, min(cores, len(job.chunks) // job.options.share()[1]))
+    return count, max(1, cores // count)
+
+
+def _tokenize(job: Job, places: Places, workers: Workers) -> None:
+    """Tokenises what is not done of this machine's share."""
     from tqdm import tqdm
 
-    spool = space.spool
-    counts = {name: CategoryCount() for name in spool.names}
-    parts: dict[str, Part] = {}
-    bins = divide(
-        spool.lengths,
-        spool.categories,
-        spool.names,
-        options.num_spliced_dataset_bins,
-        options.seed,
+    share, shares = job.options.share()
+    own = [(n, chunk) for n, chunk in enumerate(job.chunks) if n % shares == share]
+    tasks = [(n, chunk) for n, chunk in own if not ChunkFiles(places.spool, n).is_whole()]
+    done = sum(chunk.size for _, chunk in own) - sum(chunk.size for _, chunk in tasks)
+    total = sum(chunk.size for _, chunk in own)
+    rejected = 0
+    with tqdm(
+        total=total, initial=done, desc="tokenize", unit="B", unit_scale=True, disable=None
+    ) as bar:
+        for chunk, found in workers.run("tokenize", tasks):
+            rejected += sum(found.rejected.values())
+            bar.update(chunk.size)
+            if rejected:
+                bar.set_postfix(rejected=rejected)
+
+
+def _missing_chunks(job: Job, places: Places) -> list[int]:
+    return [
+        number
+        for number in range(len(job.chunks))
+        if ChunkFiles(places.spool, number).summary() is None
+    ]
+
+
+def _kept(job: Job, results: Results, table: np.ndarray) -> np.ndarray:
+    """Which documents are no duplicates of one before, bool [documents]."""
+    import numpy as np
+
+    from colossal_llama.dataset.cleaning.near_duplicates import first_of_each, first_of_equal
+
+    kept = np.ones(len(table), dtype=np.bool_)
+    if job.deduplicate != "none":
+        kept = first_of_equal(table["hash"])
+    if job.deduplicate == "near" and len(table):
+        kept &= first_of_each(results.bands())
+    return kept
+
+
+def _plan(job: Job, results: Results, table: np.ndarray, kept: np.ndarray) -> Plan:
+    options = job.options
+    documents = results.documents(table, kept)
+    shares = parse_mix(options.mix)
+    check_mix(shares, documents.names)
+    return plan_parts(
+        documents,
+        LayoutOptions(
+            packing=job.packing,
+            max_length=options.max_length,
+            num_bins=options.num_spliced_dataset_bins,
+            validation_fraction=options.validation_fraction,
+            shares=shares,
+            seed=options.seed,
+        ),
     )
-    for number, bucket in enumerate(tqdm(bins, desc="write", unit=" parts", disable=None)):
-        name = f"part-{number:05d}"
-        layout = _lay_out(spool, bucket, pack, counts)
-        order = seeded_order(len(layout), options.seed, "rows", number)
-        rows: Iterator[RowData] = (_row_data(spool, *layout[index]) for index in order)
-        if space.jsonl:
-            rows = write_json_lines(space.jsonl / f"{name}.jsonl", rows)
-        write_part(space.arrow / name, rows, spool.names)
-        parts[name] = _describe(space.arrow / name, [row for _, row in layout])
+
+
+def _write_parts(job: Job, places: Places, plan: Plan, workers: Workers) -> None:
+    """Writes what is not written of this machine's share of the parts."""
+    from tqdm import tqdm
+
+    share, shares = job.options.share()
+    own = [part for number, part in enumerate(plan.parts) if number % shares == share]
+    tasks = [
+        (part, places.staged_arrow, places.staged_jsonl)
+        for part in own
+        if not places.has_whole_part(part.name)
+    ]
+    with tqdm(
+        total=len(own), initial=len(own) - len(tasks), desc="write", unit=" parts", disable=None
+    ) as bar:
+        for name, part in workers.run("write_part", tasks):
+            places.note_part(name, part)
+            bar.update()
+
+
+def _complete(
+    job: Job,
+    places: Places,
+    settings: dict[str, Any],
+    results: Results,
+    table: np.ndarray,
+    kept: np.ndarray,
+    plan: Plan,
+    workers: Workers,
+) -> None:
+    """Writes the manifest and gives the output its name, if all parts are written."""
+    written = {part.name: places.written_part(part.name) for part in plan.parts}
+    missing = [name for name, part in written.items() if part is None]
+    if missing:
+        if places.staged_arrow.is_dir():
+            print(
+                f"share {job.options.shard} of the parts is written, {len(missing)} of "
+                f"{len(written)} are still to come; run the other shares again"
+            )
+        return
+    duplicates = results.lines_of(table, ~kept)
+    for _ in workers.run("write_duplicates", duplicates):
+        pass
+    results.write_lists(places.staged_arrow, [*job.stages, _DUPLICATE])
+    manifest = _manifest(job, settings, results, int((~kept).sum()), plan, written)
+    manifest.write(places.staged_arrow)
+    places.complete()
+    print(summary(manifest, job.options.data_arrow_output_dir))
+
+
+def _manifest(
+    job: Job,
+    settings: dict[str, Any],
+    results: Results,
+    duplicates: int,
+    plan: Plan,
+    written: dict[str, Part | None],
+) -> Manifest:
+    rejected, filtered = results.total("rejected"), results.total("filtered")
+    if job.deduplicate != "none":
+        filtered[_DUPLICATE] = duplicates
+    accepted = sum(count.documents for count in plan.categories.values())
+    parts = {name: part for name, part in written.items() if part is not None}
+    validation = parts.pop(VALIDATION_PART, None)
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        kind=kind,
-        tokenizer=tokenizer,
-        max_length=options.max_length,
-        seed=options.seed,
-        categories=counts,
-        padding_share=_padding_share(counts.values(), options.max_length),
-        rejected=rejected,
-        shortened=shortened,
-        chat_template=chat_template,
+        kind=job.kind,
+        tokenizer=job.tokenizer,
+        tokenizer_backend=job.backend,
+        max_length=job.options.max_length,
+        seed=job.options.seed,
+        documents=DocumentCount(results.records, accepted, rejected.total(), filtered.total()),
+        rejected=dict(rejected),
+        filtered=dict(filtered),
+        notes=dict(results.total("notes")),
+        categories=plan.categories,
+        padding_share=_padding_share(parts, job.options.max_length),
+        chat_template=job.chat_template,
+        settings=settings,
         parts=parts,
+        validation=validation,
     )
-    manifest.write(space.arrow)
+    _check_conservation(manifest, plan.categories)
     return manifest
 
 
-def summary(manifest: Manifest, output: Path) -> str:
-    """The table that a command prints at the end."""
-    lines = [
-        f"{'category':<16}{'documents':>12}{'tokens':>14}{'loss tokens':>14}"
-        f"{'rows':>10}{'tokens/row':>12}"
-    ]
-    total = CategoryCount()
-    for name, count in manifest.categories.items():
-        lines.append(_table_row(name, count))
-        for field in vars(total):
-            setattr(total, field, getattr(total, field) + getattr(count, field))
-    lines.append(_table_row("total", total))
-    if total.tokens_without_loss:
-        lines.append(f"{total.tokens_without_loss} tokens are in rows without loss: not written")
-    if manifest.rejected.get("too_long"):
-        lines.append(
-            f"{_count_of('conversation', manifest.rejected['too_long'])} left out: not even the "
-            f"first exchange fits into --max_length {manifest.max_length}"
-        )
-    if manifest.shortened:
-        shortened = _count_of("conversation", manifest.shortened)
-        lines.append(f"{shortened} shortened to --max_length {manifest.max_length}")
-    lines.append(f"{_count_of('part', len(manifest.parts))} in {output}")
-    return "\n".join(lines)
+def _check_conservation(manifest: Manifest, categories: dict[str, CategoryCount]) -> None:
+    """Asserts that documents and tokens add up (an invariant of ours)."""
+    count = manifest.documents
+    assert count.input == count.accepted + count.rejected + count.filtered, count
+    tokens = sum(part.tokens for part in manifest.parts.values())
+    taken = sum(c.training_tokens - c.tokens_without_loss for c in categories.values())
+    assert tokens == taken, (tokens, taken)
 
 
-def _lay_out(
-    spool: Spool, bucket: list[np.ndarray], pack: Pack, counts: dict[str, CategoryCount]
-) -> list[tuple[str, Row]]:
-    """The rows of a bucket that have something to learn, in order; adds to ``counts``."""
-    layout = []
-    for name, documents in zip(spool.names, bucket, strict=True):
-        count = counts[name]
-        lengths = spool.lengths[documents]
-        count.documents += len(documents)
-        count.tokens += int(lengths.sum())
-        for row in pack(zip(documents.tolist(), lengths.tolist(), strict=True)):
-            loss = spool.row_loss(row)
-            # A token is predicted from the one before: the first one's label is never used,
-            # and the mean loss over a row without any other would be NaN.
-            if loss[1:].any():
-                layout.append((name, row))
-                count.rows += 1
-                count.loss_tokens += int(loss.sum())
-            else:
-                count.tokens_without_loss += len(loss)
-    return layout
+def _padding_share(parts: dict[str, Part], max_length: int) -> float:
+    room = max_length * sum(part.rows for part in parts.values())
+    return round(1 - sum(part.tokens for part in parts.values()) / room, 6) if room else 0.0
 
 
-def _row_data(spool: Spool, category: str, row: Row) -> RowData:
-    import numpy as np
-
-    input_ids = spool.row_ids(row)
-    labels = np.where(spool.row_loss(row), input_ids, np.int32(IGNORE_INDEX))
-    return RowData(input_ids, labels, [stop - start for _, start, stop in row], category)
-
-
-def _describe(directory: Path, rows: list[Row]) -> Part:
-    lengths = [sum(stop - start for _, start, stop in row) for row in rows]
-    path = directory / ARROW_FILE
-    file = ArrowFile(path.stat().st_size, sha256_file(path))
-    return Part(len(rows), sum(lengths), max(lengths, default=0), {ARROW_FILE: file})
+def _is_complete(places: Places, settings: dict[str, Any]) -> bool:
+    """Whether the output is there, made with the same settings."""
+    if not (places.arrow / MANIFEST_FILE).is_file():
+        return False
+    return read_manifest(places.arrow).settings == settings
 
 
-def _padding_share(counts: Iterable[CategoryCount], max_length: int) -> float:
-    counts = list(counts)
-    room = max_length * sum(count.rows for count in counts)
-    tokens = sum(count.tokens - count.tokens_without_loss for count in counts)
-    return round(1 - tokens / room, 6) if room else 0.0
-
-
-def _table_row(name: str, count: CategoryCount) -> str:
-    written = count.tokens - count.tokens_without_loss
-    return (
-        f"{name:<16}{count.documents:>12,}{count.tokens:>14,}{count.loss_tokens:>14,}"
-        f"{count.rows:>10,}{written / max(count.rows, 1):>12,.1f}"
-    )
-
-
-def _count_of(noun: str, count: int) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+def _ends_hash(file: Path, size: int = 1 << 16) -> str:
+    """A hash of a file's first and last 64 KiB, by which a change is noticed."""
+    with file.open("rb") as stream:
+        head = stream.read(size)
+        stream.seek(max(0, file.stat().st_size - size))
+        return hashlib.sha256(head + stream.read(size)).hexdigest()[:16]

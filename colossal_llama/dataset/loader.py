@@ -1,16 +1,21 @@
-"""Opens prepared parts and turns their rows into batches, in an order that any run can resume."""
+"""Opens prepared parts for training, after checking them at the door."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from colossal_llama.dataset.bins import seeded_order
+from colossal_llama.dataset.arrow_rows import ArrowRows
 from colossal_llama.dataset.manifest import (
     MANIFEST_FILE,
+    ArrowFile,
     Manifest,
     Part,
     check_files,
@@ -18,175 +23,192 @@ from colossal_llama.dataset.manifest import (
     read_manifest,
     tokenizer_identity,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, IGNORE_INDEX
+from colossal_llama.dataset.writer import ARROW_FILE
 from colossal_llama.errors import DataError
 
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
+VERIFY_SIZE = "size"
+VERIFY_FULL = "full"
+VERIFY_OFF = "off"
+VERIFICATIONS = (VERIFY_SIZE, VERIFY_FULL, VERIFY_OFF)
+_HASHED_AT_ONCE = 1 << 20  # bytes
 
 
 @dataclass
 class TrainingRows:
-    """The rows of one or several parts, part after part.
+    """The rows of one or several parts, numbered through part after part.
 
-    ``rows_per_part`` and ``fingerprints`` (SHA-256 of its rows) have an entry for each part
-    that has rows. Kind, tokenizer and chat template of ``manifest`` are those of all parts.
+    ``files`` and ``fingerprints`` (SHA-256 of its rows) have an entry for each part that has
+    rows. ``datasets`` has these parts' rows for each path they were opened by. Kind, tokenizer and
+    chat template of ``manifest`` are those of all parts.
     """
 
-    dataset: Any
+    files: list[ArrowRows]
     manifest: Manifest
-    rows_per_part: list[int]
+    datasets: list[list[int]]
     fingerprints: list[str]
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __post_init__(self) -> None:
+        import numpy as np
 
-    def take(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-        """The rows ``indices``: ``input_ids`` and ``labels``, integers [length] each."""
-        columns = self.dataset[list(indices)]
+        self._ends = np.cumsum(self.rows_per_part)
+
+    def __len__(self) -> int:
+        return sum(self.rows_per_part)
+
+    @property
+    def rows_per_part(self) -> list[int]:
+        """The rows of every part, whichever path it was opened by."""
+        return [rows for parts in self.datasets for rows in parts]
+
+    def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows ``indices``: ``category``, text, and arrays that cannot be written to.
+
+        ``input_ids`` and ``labels``, int32 [length], and ``document_lengths``, int32 [documents].
+
+        Raises:
+            DataError: a file of the part is damaged where the rows are.
+        """
+        parts = self._ends.searchsorted(indices, side="right").tolist()
         return [
-            {"input_ids": input_ids, "labels": labels}
-            for input_ids, labels in zip(columns["input_ids"], columns["labels"], strict=True)
+            self.files[part].row(index - int(self._ends[part]) + len(self.files[part]))
+            for part, index in zip(parts, indices, strict=True)
         ]
 
 
-def open_parts(paths: Sequence[Path], tokenizer_dir: Path, max_length: int) -> TrainingRows:
-    """Opens parts for training, after checking them at the door.
+def open_parts(
+    paths: Sequence[Path], tokenizer_dir: Path, max_length: int, verify: str = VERIFY_SIZE
+) -> TrainingRows:
+    """Opens parts for training. Rows are read from the files when they are taken.
+
+    The manifests are always checked: parts have to be listed, made with this tokenizer, alike.
 
     Args:
-        paths: ``part-*`` directories, or output directories, which stand for all their parts.
+        paths: ``part-*`` or ``validation`` directories, or output directories, which stand for
+            all their training parts.
         tokenizer_dir: the tokenizer of the model that is trained.
         max_length: longest row in tokens that the run takes.
+        verify: how files are compared with the manifest: "size", "full" (SHA-256 too, which
+            reads every byte), or "off".
 
     Raises:
         DataError: a part is missing or incomplete, was made with another tokenizer, has longer
             rows, or the parts do not belong together; names both sides.
     """
-    import datasets
-
-    parts = part_directories(paths)
+    assert verify in VERIFICATIONS
+    by_path = part_directories(paths)
+    parts = list(itertools.chain(*by_path))
     manifests = {part.parent: read_manifest(part.parent) for part in parts}
     tokenizer = tokenizer_identity(tokenizer_dir)
     for directory, manifest in manifests.items():
         check_tokenizer(manifest, directory, tokenizer, tokenizer_dir)
     _check_alike(manifests)
-    loaded, fingerprints = [], []
-    for part in parts:
-        entry = _check_part(part, manifests[part.parent], max_length)
-        if entry.rows:
-            loaded.append(datasets.load_from_disk(str(part)))
-            fingerprints.append(entry.files[ARROW_FILE].sha256)
-    if not loaded:
+    entries = {
+        part: _check_part(part, manifests[part.parent], max_length, sizes=verify != VERIFY_OFF)
+        for part in parts
+    }
+    if verify == VERIFY_FULL:
+        _check_contents(entries)
+    files = {part: _open(part, entry) for part, entry in entries.items() if entry.rows}
+    if not files:
         raise DataError(f"{', '.join(map(str, paths))}: no part has any row")
-    dataset = datasets.concatenate_datasets(loaded).with_format("numpy")
-    first = manifests[parts[0].parent]
-    return TrainingRows(dataset, first, [len(part) for part in loaded], fingerprints)
+    return TrainingRows(
+        list(files.values()),
+        manifests[parts[0].parent],
+        [[len(files[part]) for part in own if part in files] for own in by_path],
+        [entries[part].files[ARROW_FILE].sha256 for part in files],
+    )
 
 
-def part_directories(paths: Sequence[Path]) -> list[Path]:
-    """``paths`` with every directory of parts replaced by its parts, in order.
+def part_directories(paths: Sequence[Path]) -> list[list[Path]]:
+    """The parts of each path, in order: those of a directory of parts, or the one it is itself.
 
     Raises:
         DataError: a path is neither, or a part is named twice.
     """
-    parts: list[Path] = []
+    found, seen = [], set()
     for path in paths:
         if not path.is_dir():
             raise DataError(f"{path}: no such directory; expected a part-* directory")
         if (path / MANIFEST_FILE).is_file():
-            parts += [path / name for name in sorted(read_manifest(path).parts)]
+            parts = [path / name for name in sorted(read_manifest(path).parts)]
         else:
-            parts.append(path.resolve())  # "." too has a parent with a manifest
-    for index, part in enumerate(parts):
-        if part.resolve() in (other.resolve() for other in parts[:index]):
-            raise DataError(f"{part} is given twice; its rows would count double")
-    return parts
+            parts = [path.resolve()]  # "." too has a parent with a manifest
+        for part in parts:
+            if part.resolve() in seen:
+                raise DataError(f"{part} is given twice; its rows would count double")
+            seen.add(part.resolve())
+        found.append(parts)
+    return found
 
 
-def collate(
-    rows: Sequence[Mapping[str, Any]], pad_id: int, pad_to_multiple_of: int = 1
-) -> dict[str, torch.Tensor]:
-    """Pads rows on the right to the longest of them.
-
-    The mask comes from the lengths: where pad and eos are one id, an eos in a row stays seen.
-
-    Args:
-        rows: mappings with ``input_ids`` and ``labels``, integers [length].
-        pad_id: any id of the vocabulary; the mask hides it.
-        pad_to_multiple_of: rounds the width up.
-
-    Returns:
-        int64 [batch, sequence] each: ``input_ids``, ``labels`` (-100 on padding),
-        ``attention_mask`` (1 on tokens), ``position_ids`` (0, 1, 2, ...).
-    """
-    import torch
-
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    width = -(-int(lengths.max()) // pad_to_multiple_of) * pad_to_multiple_of
-    input_ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        length = int(lengths[index])
-        input_ids[index, :length] = torch.as_tensor(row["input_ids"])
-        labels[index, :length] = torch.as_tensor(row["labels"])
-    positions = torch.arange(width).expand(len(rows), width)
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "attention_mask": (positions < lengths[:, None]).to(torch.int64),
-        "position_ids": positions.contiguous(),
-    }
-
-
-class GlobalSampler:
-    """The order of samples of a run: one endless stream of rows, cut into global batches.
-
-    An epoch takes the parts in the order given and shuffles the rows inside each; the stream is
-    epoch after epoch. It is a pure function of (``rows_per_part``, ``seed``): all that a run
-    has to remember is how many samples it has consumed, and after a restart with another number
-    of processes or another batch size the stream goes on at that very sample. The last batch of
-    the last epoch is full: it runs on into the epoch that would follow.
-    """
-
-    def __init__(self, rows_per_part: Sequence[int], seed: int, batch_size: int) -> None:
-        self.num_rows = sum(rows_per_part)
-        self.batch_size = batch_size
-        assert self.num_rows > 0
-        assert batch_size > 0
-        self._rows_per_part = list(rows_per_part)
-        self._seed = seed
-        # Two epochs suffice: a batch seldom touches more than the end of one and the next.
-        self._order = functools.lru_cache(maxsize=2)(self._shuffle)
-
-    def batch(self, consumed: int) -> list[int]:
-        """Row numbers of the global batch that follows the first ``consumed`` samples."""
-        found: list[int] = []
-        while len(found) < self.batch_size:
-            epoch, offset = divmod(consumed + len(found), self.num_rows)
-            missing = self.batch_size - len(found)
-            found += self._order(epoch)[offset : offset + missing].tolist()
-        return found
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        import numpy as np
-
-        order, first = [], 0
-        for part, rows in enumerate(self._rows_per_part):
-            order.append(first + seeded_order(rows, self._seed, "epoch", epoch, "part", part))
-            first += rows
-        return np.concatenate(order)
-
-
-def _check_part(part: Path, manifest: Manifest, max_length: int) -> Part:
-    check_files(manifest, part)
-    entry = manifest.parts[part.name]
+def _check_part(part: Path, manifest: Manifest, max_length: int, *, sizes: bool) -> Part:
+    if sizes or manifest.part(part.name) is None:
+        check_files(manifest, part)
+    entry = manifest.part(part.name)
+    assert entry is not None
     if entry.longest_row > max_length:
         raise DataError(
             f"{part} has rows of {entry.longest_row} tokens, --max_length is {max_length}; "
             f"raise it, or prepare the dataset with --max_length {max_length}"
         )
     return entry
+
+
+def _open(part: Path, entry: Part) -> ArrowRows:
+    rows = ArrowRows(part / ARROW_FILE)
+    if len(rows) != entry.rows:
+        raise DataError(
+            f"{rows.path}: {len(rows)} rows, the manifest says {entry.rows}; "
+            "the file is incomplete or was changed: prepare the dataset again"
+        )
+    return rows
+
+
+def _check_contents(parts: Mapping[Path, Part]) -> None:
+    """Raises DataError if a file is not the one that the manifest describes, byte for byte.
+
+    Files are read side by side, a thread for each processor: hashing lets go of Python's lock.
+    """
+    from tqdm import tqdm
+
+    files = {
+        part / name: file for part, entry in parts.items() for name, file in entry.files.items()
+    }
+    size = sum(file.bytes for file in files.values())
+    bar = tqdm(desc="verifying data", total=size, unit="B", unit_scale=True, disable=None)
+    stopped = threading.Event()
+
+    def advance(count: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        with tqdm.get_lock():
+            bar.update(count)
+
+    def check(item: tuple[Path, ArrowFile]) -> None:
+        path, expected = item
+        found = _sha256(path, advance)
+        if found != expected.sha256:
+            raise DataError(
+                f"{path}: SHA-256 {found[:12]}, the manifest says {expected.sha256[:12]}; "
+                "the file was changed: prepare the dataset again"
+            )
+
+    with bar, ThreadPoolExecutor(os.cpu_count()) as threads:
+        try:
+            for _ in threads.map(check, files.items()):
+                pass
+        finally:
+            stopped.set()  # after an error or Ctrl-C nobody waits for the other files
+
+
+def _sha256(path: Path, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_HASHED_AT_ONCE))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            advance(count)
+    return digest.hexdigest()
 
 
 def _check_alike(manifests: dict[Path, Manifest]) -> None:

@@ -5,29 +5,50 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from colossal_llama.errors import DataError
 from colossal_llama.storage import read_json, sha256_file, write_json
 from colossal_llama.tokenizer.fingerprint import tokenizer_fingerprint, vocabulary_size
 
 MANIFEST_FILE = "dataset_manifest.json"
-SCHEMA_VERSION = 1
+VALIDATION_PART = "validation"
+SCHEMA_VERSION = 2
+
+
+@dataclass
+class DocumentCount:
+    """What became of the input: ``input`` = ``accepted`` + ``rejected`` + ``filtered``.
+
+    A rejected record is malformed, a filtered document was excluded by a cleaning stage.
+    """
+
+    input: int
+    accepted: int
+    rejected: int
+    filtered: int
 
 
 @dataclass
 class CategoryCount:
     """Sums over one category.
 
-    ``tokens`` are those of every accepted document. ``tokens_without_loss`` of them are in no
-    row, because a row of theirs would have nothing to learn; all others are in exactly one.
-    ``loss_tokens`` are the labels that are not -100.
+    ``documents`` and ``tokens`` are those of every accepted document; ``validation_documents``
+    and ``validation_tokens`` of them are in the validation part. The others were taken ``epochs``
+    times (1.0 without ``--mix``), which makes ``training_tokens``. ``tokens_without_loss`` of
+    those are in no row, because a row of theirs would have nothing to learn; all others are in
+    exactly one of ``rows``. ``loss_tokens`` are the labels of these rows that are not -100.
     """
 
     documents: int = 0
     tokens: int = 0
+    validation_documents: int = 0
+    validation_tokens: int = 0
+    epochs: float = 1.0
+    training_tokens: int = 0
+    tokens_without_loss: int = 0
     loss_tokens: int = 0
     rows: int = 0
-    tokens_without_loss: int = 0
 
 
 @dataclass
@@ -40,11 +61,12 @@ class ArrowFile:
 
 @dataclass
 class Part:
-    """A ``part-*`` directory: its rows, their tokens, its longest row, its Arrow files by name."""
+    """A directory of rows: their number, tokens, longest; tokens by category; files by name."""
 
     rows: int
     tokens: int
     longest_row: int
+    category_tokens: dict[str, int]
     files: dict[str, ArrowFile]
 
 
@@ -60,22 +82,44 @@ class TokenizerIdentity:
 class Manifest:
     """The content of ``dataset_manifest.json``, the file beside the parts.
 
-    ``padding_share`` is the share of a row that would be padding if every row were padded to
-    ``max_length``. ``rejected`` counts input that was left out, ``shortened`` conversations
-    whose last turns were. ``chat_template`` is what formatted the conversations (sft only).
+    Args:
+        schema_version: of this class.
+        kind: "pretrain" or "sft".
+        tokenizer: what made the ids; ``tokenizer_backend`` ("hf" or "gigatoken") ran it.
+        max_length: longest row in tokens.
+        seed: of every shuffle.
+        documents: what became of the input.
+        rejected: reason -> malformed records.
+        filtered: cleaning stage -> excluded documents.
+        notes: what was done to accepted documents ("shortened", "normalized", ...) -> how many.
+        categories: by name.
+        padding_share: share of padding if every row were padded to ``max_length``.
+        chat_template: what formatted the conversations (sft only).
+        settings: every flag on which the rows depend, and the input files with their sizes.
+        parts: the training parts by name.
+        validation: the part beside them that no training part shares a document with.
     """
 
     schema_version: int
     kind: str
     tokenizer: TokenizerIdentity
+    tokenizer_backend: str
     max_length: int
     seed: int
+    documents: DocumentCount
+    rejected: dict[str, int]
+    filtered: dict[str, int]
+    notes: dict[str, int]
     categories: dict[str, CategoryCount]
     padding_share: float
-    rejected: dict[str, int]
-    shortened: int
     chat_template: str | None
+    settings: dict[str, Any]
     parts: dict[str, Part]
+    validation: Part | None = None
+
+    def part(self, name: str) -> Part | None:
+        """The part in the directory ``name``, training or validation; None if there is none."""
+        return self.validation if name == VALIDATION_PART else self.parts.get(name)
 
     def write(self, directory: Path) -> None:
         """Writes the manifest into ``directory``, beside the parts."""
@@ -112,8 +156,17 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         categories = {name: CategoryCount(**c) for name, c in content.pop("categories").items()}
         parts = {name: _part(part) for name, part in content.pop("parts").items()}
+        validation = content.pop("validation", None)
         tokenizer = TokenizerIdentity(**content.pop("tokenizer"))
-        return Manifest(**content, categories=categories, parts=parts, tokenizer=tokenizer)
+        documents = DocumentCount(**content.pop("documents"))
+        return Manifest(
+            **content,
+            tokenizer=tokenizer,
+            documents=documents,
+            categories=categories,
+            parts=parts,
+            validation=validation and _part(validation),
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a dataset manifest ({error})") from None
 
@@ -151,12 +204,13 @@ def check_tokenizer(
 
 def check_files(manifest: Manifest, part_dir: Path, *, checksums: bool = False) -> None:
     """Raises DataError if a file of the part is missing, cut short or (on demand) altered."""
-    if part_dir.name not in manifest.parts:
+    entry = manifest.part(part_dir.name)
+    if entry is None:
         raise DataError(
             f"{part_dir} is not a part that {part_dir.parent / MANIFEST_FILE} lists: "
             f"{', '.join(manifest.parts)}"
         )
-    for name, expected in manifest.parts[part_dir.name].files.items():
+    for name, expected in entry.files.items():
         path = part_dir / name
         if not path.is_file():
             raise DataError(f"{path}: missing; the manifest lists it; prepare the dataset again")

@@ -3,47 +3,82 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass
+from typing import Any
 
-from colossal_llama.dataset.build import (
-    DatasetOptions,
-    spool_documents,
-    summary,
-    workspace,
-    write_parts,
-)
+from colossal_llama.command import option
+from colossal_llama.dataset.backend import BACKENDS
+from colossal_llama.dataset.build import Job, build_dataset
+from colossal_llama.dataset.cleaning.cleaner import CleaningOptions, build_cleaner
+from colossal_llama.dataset.documents import PretrainDocuments
 from colossal_llama.dataset.manifest import tokenizer_identity
-from colossal_llama.dataset.packing import pack_in_sequence
-from colossal_llama.dataset.records import input_files, pretrain_records
+from colossal_llama.dataset.options import DatasetOptions
+from colossal_llama.dataset.records import DEFAULT_CATEGORY, pretrain_record
+from colossal_llama.dataset.sources import divide, input_files
 
 
 @dataclass
-class PretrainDatasetOptions(DatasetOptions):
-    """Turns lines of {"source": "...", "target": "...", "category": "..."} into Arrow data.
+class PretrainDatasetOptions(CleaningOptions, DatasetOptions):
+    """Turns {"source": "...", "target": "...", "category": "..."} into packed Arrow data.
 
-    The source is context and carries no loss; it may be empty. Documents are laid end to end
-    in rows of --max_length tokens. Every part-* directory holds a share of every category.
+    The source is context and carries no loss; it may be empty. {"text": "..."} and lines of .txt
+    files are targets of --txt_category. Documents are packed into rows of --max_length tokens,
+    none is lost; every part-* directory holds a share of every category.
     """
+
+    txt_category: str = option(
+        DEFAULT_CATEGORY, help="category of .txt files, and of {text} that names none"
+    )
+    txt_documents: str = option(
+        "line", help="what is a document in a .txt file", choices=("line", "file")
+    )
+    tokenizer_backend: str = option(
+        "auto",
+        help="hf, gigatoken, or auto: gigatoken if it is installed and gives the same ids on a "
+        "sample of the input",
+        choices=BACKENDS,
+    )
+
+    def problems(self) -> list[str]:
+        """What is wrong with the flags."""
+        return [*DatasetOptions.problems(self), *self.cleaning_problems()]
 
 
 def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
     """Runs the command.
 
     Raises:
-        DataError: the input or the tokenizer cannot be used; nothing is written.
+        DataError: the input or the tokenizer cannot be used; no output is written.
     """
-    from colossal_llama.dataset.tokenization import load_tokenizer, tokenize_documents
+    from colossal_llama.dataset.backend import choose_backend
+    from colossal_llama.dataset.tokenization import text_tokenizer
 
     files = input_files(options.data_input_dirs)
-    with workspace(options) as space:
-        tokenizer = load_tokenizer(options.tokenizer_dir)
-        spool_documents(tokenize_documents(tokenizer, pretrain_records(files)), space.spool)
-        manifest = write_parts(
-            options,
-            space,
-            functools.partial(pack_in_sequence, max_length=options.max_length),
+    whole_texts = options.txt_documents == "file"
+    chunks = divide(files, whole_texts=whole_texts)
+    tokenizer = text_tokenizer(options.tokenizer_dir)
+    cleaner = build_cleaner(options)
+
+    def text_of(fields: dict[str, Any]) -> str:
+        return pretrain_record(fields, options.txt_category).target
+
+    backend, reason = choose_backend(options.tokenizer_backend, tokenizer.json, chunks, text_of)
+    print(reason, file=sys.stderr)
+    build_dataset(
+        Job(
             kind="pretrain",
+            options=options,
+            files=files,
+            chunks=chunks,
+            make_kind=functools.partial(
+                PretrainDocuments, tokenizer, backend, options, options.txt_category
+            ),
             tokenizer=tokenizer_identity(options.tokenizer_dir),
-            rejected={"lines": 0},
+            backend=backend,
+            packing=options.packing,
+            stages=cleaner.stages,
+            whole_texts=whole_texts,
+            deduplicate=options.deduplicate,
         )
-    print(summary(manifest, options.data_arrow_output_dir))
+    )

@@ -1,16 +1,17 @@
-"""Reads and checks the JSON lines that datasets are made from."""
+"""What a record of the input may be: a document for pretraining, or a conversation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from colossal_llama.errors import DataError
-from colossal_llama.storage import find_files, read_jsonl, text_of
+from colossal_llama.dataset.sources import Chunk, ChunkReader
+from colossal_llama.errors import DataError, RecordError
 
-SFT_CATEGORY = "sft"
-SPEAKERS = ("human", "assistant")
+Record = TypeVar("Record")
+
+DEFAULT_CATEGORY = "text"
 
 
 class PretrainRecord(NamedTuple):
@@ -22,79 +23,84 @@ class PretrainRecord(NamedTuple):
 
 
 class SftRecord(NamedTuple):
-    """A conversation; each message is ``{"from": "human" | "assistant", "content": text}``."""
+    """A conversation; each message is ``{"role": "system" | "user" | "assistant", "content"}``."""
 
     messages: list[dict[str, str]]
     category: str
 
 
-def input_files(paths: Iterable[Path]) -> list[Path]:
-    """The ``.jsonl`` and ``.jsonl.gz`` files among and directly in ``paths``.
+def pretrain_record(
+    fields: Mapping[str, Any], default_category: str = DEFAULT_CATEGORY
+) -> PretrainRecord:
+    """A document from ``{"source", "target", "category"}``, or from ``{"text"}``.
+
+    Args:
+        fields: the record as read. Beside ``text``, a ``category`` is optional.
+        default_category: of a ``text`` that names none.
 
     Raises:
-        DataError: a path does not exist, holds no such file, or a file is named twice.
+        RecordError: a field is missing, is not text, or there is nothing to learn.
     """
-    return find_files(paths, (".jsonl", ".jsonl.gz"))
+    if "target" not in fields and fields.get("text") is not None:
+        target = text_field(fields, "text")
+        source = ""
+        category = fields.get("category")
+        category = default_category if category is None else text_field(fields, "category")
+    else:
+        target = text_field(fields, "target")
+        source = text_field(fields, "source")
+        category = text_field(fields, "category")
+    if not target.strip():
+        raise RecordError("target is empty")
+    if not category:
+        raise RecordError("category is empty")
+    return PretrainRecord(source, target, category)
+
+
+def text_field(fields: Mapping[str, Any], key: str) -> str:
+    """The text under ``key``.
+
+    Raises:
+        RecordError: there is none, or it is not text that a file can hold.
+    """
+    value = fields.get(key)
+    if value is None:
+        raise RecordError(f"missing key {key}")
+    if not isinstance(value, str):
+        raise RecordError(f"{key} must be a string, found {type(value).__name__}")
+    if "\0" in value:
+        raise RecordError(f"{key} holds NUL characters: not text, or a damaged file")
+    # json reads a lone surrogate; UTF-8 cannot write one, and no tokenizer takes one.
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise RecordError(f"{key} holds half of a surrogate pair, not text") from None
+    return value
 
 
 def pretrain_records(files: Iterable[Path]) -> Iterator[PretrainRecord]:
-    """Yields the documents of ``{"source", "target", "category"}`` lines.
+    """Yields the documents of ``files``, strictly.
 
     Raises:
-        DataError: a line is malformed; names file:line and the reason.
+        DataError: a record is malformed; names file:line and the reason.
     """
-    for where, record in _objects(files):
-        target = text_of(record, "target", where)
-        if not target.strip():
-            raise DataError(f"{where}: target is empty; remove the line")
-        yield PretrainRecord(text_of(record, "source", where), target, _category(record, where))
+    return read_strictly(files, pretrain_record)
 
 
-def sft_records(files: Iterable[Path]) -> Iterator[SftRecord]:
-    """Yields the conversations of ``{"messages": [{"from", "content"}, ...]}`` lines.
-
-    Two turns of one speaker in a row and a conversation opened by the assistant are accepted.
-    A line may have a ``category``; without one it is "sft".
+def read_strictly(
+    files: Iterable[Path], make: Callable[[Mapping[str, Any]], Record]
+) -> Iterator[Record]:
+    """Yields ``make(fields)`` for every record; the first malformed one is an error.
 
     Raises:
-        DataError: a line is malformed or nobody answers in it; names file:line and the reason.
+        DataError: naming file:line and the reason.
     """
-    for where, record in _objects(files):
-        category = _category(record, where) if "category" in record else SFT_CATEGORY
-        yield SftRecord(_messages(record, where), category)
-
-
-def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    if "messages" not in record:
-        raise DataError(f"{where}: missing key messages")
-    turns = record["messages"]
-    if not isinstance(turns, list):
-        raise DataError(f"{where}: messages must be a list, found {type(turns).__name__}")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        place = f"{where}: message {number}"
-        if not isinstance(turn, dict):
-            raise DataError(f"{place}: expected an object, found {type(turn).__name__}")
-        speaker, content = text_of(turn, "from", place), text_of(turn, "content", place)
-        if speaker not in SPEAKERS:
-            raise DataError(f"{place}: from must be human or assistant, found {speaker!r}")
-        if not content.strip():
-            raise DataError(f"{place}: content is empty; remove the message")
-        messages.append({"from": speaker, "content": content})
-    if not any(message["from"] == "assistant" for message in messages):
-        raise DataError(f"{where}: no assistant message, nothing to learn; remove the line")
-    return messages
-
-
-def _category(record: dict[str, Any], where: str) -> str:
-    category = text_of(record, "category", where)
-    if not category:
-        raise DataError(f"{where}: category is empty; give it a name")
-    return category
-
-
-def _objects(files: Iterable[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields ("file:line", object) for every line that is not blank."""
     for file in files:
-        for number, record in read_jsonl(file):
-            yield f"{file}:{number}", record
+        for line, fields in ChunkReader(Chunk(0, file)):
+            try:
+                if isinstance(fields, RecordError):
+                    raise fields
+                yield make(fields)
+            except RecordError as error:
+                raise DataError(f"{file}:{line}: {error}") from None

@@ -1,78 +1,168 @@
-"""Tokenised documents on disk, so that memory does not limit the size of a dataset."""
+"""Tokenised documents on disk, a few files for each chunk of the input.
+
+A token that carries loss is written as its id, one that does not as the id's complement (``~id``,
+a negative number), int32 each: 4 bytes a token say both. Beside the tokens lies a table with a
+line per document. A chunk's ``.json`` is written last and renamed into place: where it is, the
+chunk is done, and a run that was interrupted need not do it again.
+"""
 
 from __future__ import annotations
 
-from array import array
+import functools
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from colossal_llama.dataset.writer import IGNORE_INDEX
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from colossal_llama.dataset.packing import Row, Segment
+# Per document: tokens; position of the first with loss; tokens with loss; index into the chunk's
+# categories; line in the chunk; hash of the text.
+DOCUMENT_FIELDS = [
+    *(("length", "<i4"), ("loss_start", "<i4"), ("loss_tokens", "<i4")),
+    *(("category", "<i4"), ("line", "<i4"), ("hash", "<u8")),
+]
 
 
-class Document(NamedTuple):
-    """A tokenised document: ``input_ids`` int32 [length], ``loss`` bool [length]."""
-
-    category: str
-    input_ids: np.ndarray
-    loss: np.ndarray
+_OPEN_FILES = 256
 
 
-class Spool:
-    """Appends documents to two flat files (5 bytes per token) and reads pieces of them back.
+@dataclass
+class ChunkSummary:
+    """What became of a chunk: ``records`` = documents + rejected + filtered.
 
-    Add every document, call ``finish`` once, then read. Only a length and a category per
-    document stay in memory.
+    ``rejected`` and ``filtered`` count by reason and by stage, ``notes`` whatever else was done
+    to documents that were kept. ``crc`` is of the tokens.
+    """
+
+    lines: int = 0
+    records: int = 0
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    crc: int = 0
+    categories: list[str] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+    filtered: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
+
+
+class ChunkFiles:
+    """The files of one chunk in the spool directory."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        self._stem = directory / f"{number:08d}"
+
+    def path(self, suffix: str) -> Path:
+        """The file that ends in ``suffix``."""
+        return self._stem.with_suffix(suffix)
+
+    @property
+    def tokens(self) -> Path:
+        """Raw int32, one document after the other."""
+        return self.path(".tokens")
+
+    @property
+    def documents(self) -> Path:
+        """The table of documents, .npy of ``DOCUMENT_FIELDS``."""
+        return self.path(".npy")
+
+    @property
+    def bands(self) -> Path:
+        """Near-duplicate hashes, .npy uint64 [documents, bands]."""
+        return self.path(".bands.npy")
+
+    @property
+    def rejected(self) -> Path:
+        """Malformed records as JSON lines, if there are any."""
+        return self.path(".rejected.jsonl")
+
+    def excluded(self, stage: str) -> Path:
+        """What a cleaning stage excluded, as JSON lines, if it did."""
+        return self.path(f".excluded-{stage}.jsonl")
+
+    def finish(self, summary: ChunkSummary) -> None:
+        """Marks the chunk as done."""
+        temporary = self.path(".json.tmp")
+        temporary.write_text(json.dumps(asdict(summary), ensure_ascii=False), encoding="utf-8")
+        os.replace(temporary, self.path(".json"))
+
+    def summary(self) -> ChunkSummary | None:
+        """What the chunk says of itself; None if it is not done."""
+        try:
+            return ChunkSummary(**json.loads(self.path(".json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def is_whole(self) -> bool:
+        """Whether the chunk is done and its files are as they were written (after a crash)."""
+        import numpy as np
+
+        summary = self.summary()
+        if summary is None:
+            return False
+        try:
+            crc = zlib.crc32(self.tokens.read_bytes())
+            return crc == summary.crc and len(np.load(self.documents)) == summary.documents
+        except (OSError, ValueError, EOFError):
+            return False
+
+    def remove(self) -> None:
+        """Deletes what a run that did not finish the chunk has left."""
+        for path in self._stem.parent.glob(f"{self._stem.name}.*"):
+            path.unlink()
+
+
+def with_loss_mask(ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Ids and mask (bool) as the spool's tokens, int32 [length]."""
+    import numpy as np
+
+    return np.where(loss, ids, ~ids).astype(np.int32)
+
+
+def ids_and_labels(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The spool's tokens as ids and labels (-100 where there is no loss), int32 [length]."""
+    import numpy as np
+
+    # The sign, shifted over all bits, complements exactly the negative numbers.
+    ids = tokens ^ (tokens >> 31)
+    return ids, np.where(tokens < 0, np.int32(IGNORE_INDEX), tokens)
+
+
+class TokenFiles:
+    """Reads stretches of the chunks' tokens.
+
+    Not by mapping files into memory: that would be fast as well, but what was read would count
+    as memory of the process, which then seems to grow with the corpus.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._ids_path, self._loss_path = directory / "input_ids.bin", directory / "loss.bin"
-        self._ids_file, self._loss_file = self._ids_path.open("wb"), self._loss_path.open("wb")
-        self._lengths = array("q")
-        self._categories = array("q")
-        self._seen: dict[str, int] = {}
+        self._directory = directory
+        # There may be more chunks than a process may have open files.
+        self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_chunk)
 
-    def add(self, document: Document) -> None:
-        """Appends a document, which has at least one token."""
-        assert len(document.input_ids) == len(document.loss) > 0
-        assert document.input_ids.dtype == "int32"
-        assert document.loss.dtype == "bool"
-        self._ids_file.write(document.input_ids.data)
-        self._loss_file.write(document.loss.data)
-        self._lengths.append(len(document.input_ids))
-        self._categories.append(self._seen.setdefault(document.category, len(self._seen)))
-
-    def __len__(self) -> int:
-        return len(self._lengths)
-
-    def finish(self) -> None:
-        """Ends the writing. Sets ``names`` (categories, sorted), ``categories`` and ``lengths``."""
+    def stretches(
+        self, chunks: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
+    ) -> np.ndarray:
+        """Stretches of the chunks' tokens, one after the other, int32 [sum of lengths]."""
         import numpy as np
 
-        self._ids_file.close()
-        self._loss_file.close()
-        self.names = sorted(self._seen)
-        ranks = np.array([self.names.index(name) for name in self._seen], dtype=np.int64)
-        self.categories = ranks[np.array(self._categories, dtype=np.int64)]
-        self.lengths = np.array(self._lengths, dtype=np.int64)
-        self._starts = np.concatenate([[0], np.cumsum(self.lengths)])
-        self._ids = np.memmap(self._ids_path, dtype=np.int32, mode="r")
-        self._loss = np.memmap(self._loss_path, dtype=np.bool_, mode="r")
+        tokens = np.empty(sum(lengths), dtype=np.int32)
+        view = memoryview(tokens.data).cast("B")
+        begin = 0
+        for chunk, start, length in zip(chunks, starts, lengths, strict=True):
+            end = begin + 4 * length
+            read = os.preadv(self._open(chunk).fileno(), [view[begin:end]], 4 * start)
+            assert read == end - begin, (chunk, start, length)
+            begin = end
+        return tokens
 
-    def row_ids(self, row: Row) -> np.ndarray:
-        """The tokens of a row, int32 [length]."""
-        import numpy as np
-
-        return np.concatenate([self._ids[self._slice(segment)] for segment in row])
-
-    def row_loss(self, row: Row) -> np.ndarray:
-        """Which tokens of a row carry loss, bool [length]."""
-        import numpy as np
-
-        return np.concatenate([self._loss[self._slice(segment)] for segment in row])
-
-    def _slice(self, segment: Segment) -> slice:
-        start = int(self._starts[segment.document])
-        return slice(start + segment.start, start + segment.stop)
+    def _open_chunk(self, chunk: int) -> io.FileIO:
+        return io.FileIO(ChunkFiles(self._directory, chunk).tokens)

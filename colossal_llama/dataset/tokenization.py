@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from colossal_llama.dataset.records import PretrainRecord
-from colossal_llama.dataset.spool import Document
 from colossal_llama.errors import DataError
+from colossal_llama.storage import read_json
 
 if TYPE_CHECKING:
     import numpy as np
-
-_BATCH_CHARACTERS = 1 << 20
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -59,43 +57,130 @@ def text_only(tokenizer: Any) -> Iterator[Any]:
         backend.encode_special_tokens = before
 
 
-def tokenize_documents(tokenizer: Any, records: Iterable[PretrainRecord]) -> Iterator[Document]:
-    """Tokenises documents as bos + source + target + eos.
+class TextTokenizer(NamedTuple):
+    """What a worker needs of a tokenizer: its ``tokenizer.json`` and two ids."""
 
-    bos and source carry no loss where there is a source. Source and target are tokenised
-    apart, so that no token crosses the border between them; with a SentencePiece tokenizer the
-    target then starts with its usual dummy prefix, as any text does.
+    json: str
+    bos_id: int
+    eos_id: int
+
+
+def text_tokenizer(directory: Path) -> TextTokenizer:
+    """The tokenizer of a directory, exactly as transformers' ``AutoTokenizer`` would have it.
+
+    Importing transformers takes seconds, and it changes a ``tokenizer.json`` on loading only
+    where the settings beside it say so; it is left out where they do not.
+
+    Raises:
+        DataError: see ``load_tokenizer``.
     """
-    for batch in _batches(records):
-        texts = [text for record in batch for text in record[:2]]
-        with text_only(tokenizer) as backend:
-            encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = iter([encoding.ids for encoding in encodings])
-        for record, source, target in zip(batch, ids, ids, strict=True):
-            yield _document(tokenizer, record.category, source, target)
-
-
-def _document(tokenizer: Any, category: str, source: list[int], target: list[int]) -> Document:
-    import numpy as np
-
-    ids: np.ndarray = np.array(
-        [tokenizer.bos_token_id, *source, *target, tokenizer.eos_token_id], dtype=np.int32
+    plain = _plain_tokenizer(directory)
+    if plain is not None:
+        return plain
+    loaded = load_tokenizer(directory)
+    return TextTokenizer(
+        loaded.backend_tokenizer.to_str(), loaded.bos_token_id, loaded.eos_token_id
     )
-    loss = np.ones(len(ids), dtype=np.bool_)
-    if source:
-        loss[: 1 + len(source)] = False
-    return Document(category, ids, loss)
 
 
-def _batches(records: Iterable[PretrainRecord]) -> Iterator[list[PretrainRecord]]:
-    """Groups records until their text is long enough to keep every core busy."""
-    batch: list[PretrainRecord] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        characters += len(record.source) + len(record.target)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+def _plain_tokenizer(directory: Path) -> TextTokenizer | None:
+    """The tokenizer if ``tokenizer.json`` alone decides about ids, else None."""
+    from tokenizers import Tokenizer
+
+    path, config_path = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    if not (path.is_file() and config_path.is_file()):
+        return None
+    content, config = read_json(path), read_json(config_path)
+    if not isinstance(content, dict) or not isinstance(config, dict):
+        return None
+    added = {(token["id"], token["content"]) for token in content.get("added_tokens") or []}
+    wanted = {
+        (int(number), token["content"])
+        for number, token in (config.get("added_tokens_decoder") or {}).items()
+    }
+    rewritten = (
+        config.get("add_prefix_space") is not None
+        or config.get("split_special_tokens")
+        or config.get("additional_special_tokens")
+        or (content.get("pre_tokenizer") or {}).get("add_prefix_space")
+        or (directory / "added_tokens.json").is_file()
+        or not wanted <= added
+    )
+    if rewritten:
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception:  # what is wrong with it is for transformers to say
+        return None
+    ids = [_control_id(tokenizer, config.get(name)) for name in ("bos_token", "eos_token")]
+    if None in ids:
+        return None
+    return TextTokenizer(tokenizer.to_str(), *ids)
+
+
+def _control_id(tokenizer: Any, token: Any) -> Any:
+    content = token.get("content") if isinstance(token, dict) else token
+    return tokenizer.token_to_id(content) if isinstance(content, str) else None
+
+
+class Encoder(Protocol):
+    """Turns texts into ids."""
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, int32 [tokens], and their numbers, int64 [texts]."""
+
+
+class HuggingFaceEncoder:
+    """Encodes with the library ``tokenizers``, in as many threads as RAYON_NUM_THREADS says."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer_json)
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Encoder``."""
+        import numpy as np
+
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        lengths = np.array([len(part) for part in ids], dtype=np.int64)
+        return np.concatenate([np.empty(0, dtype=np.int32), *ids]), lengths
+
+
+class GigatokenEncoder:
+    """Encodes with gigatoken, in one thread or all.
+
+    It reads special tokens wherever they stand in a text; here they are taken out of its
+    ``tokenizer.json`` first, so that text stays text.
+    """
+
+    def __init__(self, tokenizer_json: str, *, parallel: bool = False) -> None:
+        import gigatoken
+        from tokenizers import Tokenizer
+
+        content = json.loads(tokenizer_json)
+        content["added_tokens"] = [
+            token for token in content.get("added_tokens") or [] if not token["special"]
+        ]
+        content["truncation"] = content["padding"] = None
+        text = json.dumps(content, ensure_ascii=False)
+        self._backend = gigatoken.Tokenizer(Tokenizer.from_str(text))
+        self._parallel = parallel
+
+    def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """See ``Encoder``."""
+        import numpy as np
+
+        if not texts:
+            return np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+        layout = self._backend.encode_batch(list(texts), parallel=self._parallel).layout
+        offsets = np.asarray(layout.offsets.data, dtype=np.int64)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return ids.view(np.int32), np.diff(offsets)
+
+
+BACKENDS = {"hf": HuggingFaceEncoder, "gigatoken": GigatokenEncoder}

@@ -58,7 +58,9 @@ def first_loss(run_options: dict[str, Any], data_processes: int) -> float:
     """
     import torch
 
-    from colossal_llama.dataset.loader import GlobalSampler, collate, open_parts
+    from colossal_llama.dataset.collator import collate
+    from colossal_llama.dataset.loader import open_parts
+    from colossal_llama.dataset.sampler import GlobalSampler
     from colossal_llama.dataset.writer import IGNORE_INDEX
 
     weights = Path(run_options["load_checkpoint"] or run_options["pretrained"])
@@ -68,7 +70,13 @@ def first_loss(run_options: dict[str, Any], data_processes: int) -> float:
     )
     accumulation = run_options["accumulation_steps"] or 1
     batch_size = run_options["micro_batch_size"] * accumulation * data_processes
-    sampler = GlobalSampler(rows.rows_per_part, run_options["seed"], batch_size)
+    sampler = GlobalSampler(
+        rows.datasets,
+        run_options["seed"],
+        batch_size,
+        run_options["data_order"],
+        run_options["dataset_weights"],
+    )
     total, count = 0.0, 0
     for row in rows.take(sampler.batch(0)):
         batch = collate([row], pad_id=0)

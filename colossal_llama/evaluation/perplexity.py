@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.command import option, run
-from colossal_llama.dataset.records import input_files, pretrain_records
+from colossal_llama.dataset.records import pretrain_records
+from colossal_llama.dataset.sources import input_files
 from colossal_llama.errors import DataError
 from colossal_llama.inference.loading import DTYPES, load_model_and_tokenizer, text_ids
 from colossal_llama.storage import write_json

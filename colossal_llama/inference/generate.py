@@ -74,7 +74,7 @@ def continuation(model: Any, tokenizer: Any, options: GenerateOptions) -> str:
     sampling: dict[str, Any] = {"do_sample": options.do_sample}
     if options.do_sample:
         sampling.update(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    ends = _end_ids(model, tokenizer)
+    ends = _end_ids(model, tokenizer, chat=chat)
     config = GenerationConfig(
         max_new_tokens=_room(model, len(prompt), options.max_new_tokens),
         bos_token_id=tokenizer.bos_token_id,
@@ -105,16 +105,24 @@ def prompt_ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     if not chat:
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return bos + text_ids(tokenizer, text)
-    from colossal_llama.dataset.chat_format import encode_conversation
+    from colossal_llama.dataset.chat.chat_format import encode_conversation
 
     messages = [{"from": "human", "content": text}]
     return encode_conversation(tokenizer, messages, add_generation_prompt=True)[0]
 
 
-def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end a text: the tokenizer's eos, and those that a chat model names besides."""
+def _end_ids(model: Any, tokenizer: Any, *, chat: bool) -> list[int]:
+    """The ids that end a text: the tokenizer's eos, and those that a chat model has besides.
+
+    A chat model's are what its generation_config.json names, and what ends an answer by the chat
+    template, which was learned in training.
+    """
     named = model.generation_config.eos_token_id if model.generation_config else None
     candidates = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    if chat:
+        from colossal_llama.dataset.chat.chat_format import turn_end_id
+
+        candidates.append(turn_end_id(tokenizer))
     return list(dict.fromkeys(token for token in candidates if token is not None))
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from colossal_llama.command import option
+from colossal_llama.dataset.loader import VERIFICATIONS, VERIFY_SIZE
+from colossal_llama.dataset.sampler import BUCKETS, ORDERS
 from colossal_llama.runtime.distributed import world_size
 from colossal_llama.storage import read_json
 
@@ -25,6 +28,23 @@ class TrainOptions:
     pretrained: Path = option(help="model directory: configuration, tokenizer and weights")
     dataset: list[Path] = option(
         help="dataset parts (part-00000 ...) or whole prepared directories, trained in this order"
+    )
+    data_order: str = option(
+        BUCKETS,
+        help="buckets: part after part, rows shuffled inside each; shuffled: all rows together",
+        choices=ORDERS,
+    )
+    dataset_weights: list[float] | None = option(
+        None,
+        help="share of the samples for each --dataset, such as 0.7,0.3; each then runs through "
+        "epochs of its own (default: every row once an epoch)",
+        comma=True,
+    )
+    verify_data: str = option(
+        VERIFY_SIZE,
+        help="what is compared with the manifest before the model is loaded: the files' sizes, "
+        "SHA-256 too (full), or nothing (off)",
+        choices=VERIFICATIONS,
     )
     plugin: str = option("gemini", help="how the model is spread over devices", choices=PLUGINS)
     load_checkpoint: Path | None = option(
@@ -98,8 +118,24 @@ class TrainOptions:
             found.append("--accumulation_steps must be at least 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             found.append("--warmup_steps must not be negative")
-        found += self._layout_problems() + self._path_problems()
+        found += self._weight_problems() + self._layout_problems() + self._path_problems()
         return found or self._model_problems()
+
+    def _weight_problems(self) -> list[str]:
+        weights = self.dataset_weights
+        if weights is None:
+            return []
+        found = []
+        if len(weights) != len(self.dataset):
+            found.append(
+                f"--dataset_weights has {len(weights)} weights for {len(self.dataset)} datasets: "
+                "give one for each path of --dataset"
+            )
+        if not all(weight > 0 for weight in weights):
+            found.append("--dataset_weights must be positive; leave out a dataset without weight")
+        elif not math.isclose(sum(weights), 1, abs_tol=1e-3):
+            found.append(f"--dataset_weights must add up to 1, not {sum(weights):g}")
+        return found
 
     def _layout_problems(self) -> list[str]:
         found = []

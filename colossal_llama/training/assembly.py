@@ -19,7 +19,6 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from colossal_llama import command, storage
-from colossal_llama.dataset.loader import GlobalSampler, open_parts
 from colossal_llama.dataset.manifest import Manifest
 from colossal_llama.errors import DataError
 from colossal_llama.runtime.cpu import bf16_is_fast
@@ -31,6 +30,7 @@ from colossal_llama.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from colossal_llama.training.data import build_sampler, describe_mixture, open_rows
 from colossal_llama.training.freeze import freeze_non_embeddings
 from colossal_llama.training.metrics import MetricsWriter
 from colossal_llama.training.neftune import NoisyEmbeddings
@@ -51,14 +51,14 @@ def build_trainer(options: TrainOptions) -> Trainer:
         DataError: data, tokenizer, model or checkpoint do not fit each other.
     """
     warn_of_slow_precision(options.mixed_precision)
-    rows = open_parts(options.dataset, options.pretrained, options.max_length)
+    rows = open_rows(options)
     accumulation = accumulation_steps(options, rows.manifest)
     tokenizer = load_tokenizer(options, rows.manifest)
     model = load_model(options, len(tokenizer))
     plugin = build_plugin(options, accumulation)
     layout = build_layout(options, plugin)
     batch_size = layout.data_size * options.micro_batch_size * accumulation
-    sampler = GlobalSampler(rows.rows_per_part, options.seed, batch_size)
+    sampler = build_sampler(options, rows, batch_size)
     state = initial_state(options, rows.fingerprints)
     samples_left = max(0, options.num_epochs * len(rows) - state.samples)
     total_steps = state.step + math.ceil(samples_left / batch_size)
@@ -86,6 +86,8 @@ def build_trainer(options: TrainOptions) -> Trainer:
         f"{options.plugin} on {dist.get_world_size()} processes: {len(rows):,} rows, "
         f"{batch_size} rows a step, {total_steps:,} steps"
     )
+    for line in describe_mixture(options, rows):
+        metrics.say(line)
     return Trainer(
         booster=booster,
         model=model,

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colossal_llama.dataset.loader import GlobalSampler, TrainingRows, collate
+from colossal_llama.dataset.collator import collate
+from colossal_llama.dataset.loader import TrainingRows
+from colossal_llama.dataset.sampler import GlobalSampler
 from colossal_llama.dataset.writer import IGNORE_INDEX
 from colossal_llama.errors import ColossalLlamaError
 from colossal_llama.training.checkpoint import RunningState

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,19 @@ def tokenizer(tokenizer_dir: Path) -> Any:
     from colossal_llama.dataset.tokenization import load_tokenizer
 
     return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture(scope="session")
+def corpus_texts(shared_data: Path) -> Callable[[str], list[str]]:
+    """The documents of a shared corpus: "zh", "en" or "code"."""
+
+    def read(name: str) -> list[str]:
+        with gzip.open(
+            shared_data / "corpora" / f"{name}.jsonl.gz", "rt", encoding="utf-8"
+        ) as file:
+            return [json.loads(line)["target"] for line in file]
+
+    return read
 
 
 @pytest.fixture

@@ -112,9 +112,9 @@ def test_unlisted_and_orphaned_parts(output, tokenizer_dir, tmp_path):
     [
         ("{", ":1: not JSON"),
         ("[]", "schema version None"),
-        ('{"schema_version": 2}', "schema version 2, this program reads 1"),
-        ('{"schema_version": 1}', "not a dataset manifest"),
-        ('{"schema_version": 1, "categories": [], "parts": {}}', "not a dataset manifest"),
+        ('{"schema_version": 1}', "schema version 1, this program reads 2"),
+        ('{"schema_version": 2}', "not a dataset manifest"),
+        ('{"schema_version": 2, "categories": [], "parts": {}}', "not a dataset manifest"),
     ],
 )
 def test_manifest_that_cannot_be_read(output, content, reason):
@@ -130,7 +130,7 @@ def test_rows_longer_than_the_run_takes(output, tokenizer_dir):
 
 
 def test_parts_are_taken_in_the_order_given(output, tokenizer_dir, monkeypatch):
-    names = [path.name for path in part_directories([output])]
+    names = [path.name for parts in part_directories([output]) for path in parts]
     assert names == ["part-00000", "part-00001"]
     swapped = [output / "part-00001", output / "part-00000"]
     rows = open_parts(swapped, tokenizer_dir, 128)

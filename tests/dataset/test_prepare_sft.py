@@ -1,30 +1,20 @@
-"""The command as a whole: whole exchanges, one row a conversation, nothing dropped in silence."""
+"""The command as a whole: whole exchanges, the format asked for, nothing dropped in silence."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections import Counter
-from pathlib import Path
 
 import datasets
 import pytest
 
-from colossal_llama import command
-from colossal_llama.dataset.chat_format import DEFAULT_TEMPLATE, encode_conversation
-from colossal_llama.dataset.loader import IGNORE_INDEX, open_parts
+from colossal_llama.dataset.chat.chat_format import DEFAULT_TEMPLATE, encode_conversation
+from colossal_llama.dataset.loader import open_parts
 from colossal_llama.dataset.manifest import read_manifest
-from colossal_llama.dataset.prepare_sft import (
-    SftDatasetOptions,
-    prepare_sft_dataset,
-    tokenize_conversations,
-    whole_exchanges,
-)
-from colossal_llama.dataset.records import SftRecord
-from colossal_llama.errors import DataError
-
-ROOT = Path(__file__).resolve().parents[2]
+from colossal_llama.dataset.writer import IGNORE_INDEX
+from tests.dataset.preparing import leftovers, run_script, stretches_of, training_parts, tree
+from tests.dataset.preparing import prepare as prepare_dataset
 
 
 def talk(*contents):
@@ -33,107 +23,145 @@ def talk(*contents):
 
 
 def prepare(data, tokenizer_dir, output, **flags) -> int:
-    arguments = {
-        "data_input_dirs": data,
-        "tokenizer_dir": tokenizer_dir,
-        "data_arrow_output_dir": output,
-        **flags,
-    }
-    argv = [f"--{name}={value}" for name, value in arguments.items()]
-    return command.run(SftDatasetOptions, prepare_sft_dataset, argv)
+    return prepare_dataset(data, tokenizer_dir, output, kind="sft", **{"max_length": 4096} | flags)
 
 
-def test_each_conversation_is_a_row_and_the_template_goes_along(
-    tmp_path, tokenizer, tokenizer_dir, write_lines, english
-):
-    conversations = [talk(text[:50], text[50:90], "</s>?", "As <s>.") for text in english]
-    data = write_lines([{"messages": messages} for messages in conversations])
-    assert prepare(data, tokenizer_dir, tmp_path / "out", num_spliced_dataset_bins=4) == 0
-    manifest = read_manifest(tmp_path / "out")
-    assert manifest.kind == "sft"
-    assert manifest.chat_template == DEFAULT_TEMPLATE
-    assert manifest.rejected == {"lines": 0, "too_long": 0}
-    assert manifest.categories["sft"].documents == len(english)
+@pytest.fixture
+def conversations(english):
+    return [talk(text[:50], text[50:90], "</s>?", "As <s>.") for text in english]
+
+
+def rows_of(output):
+    """(ids, labels) of every row."""
     found = []
-    for part in sorted((tmp_path / "out").glob("part-*")):
+    for part in training_parts(output):
         for row in datasets.load_from_disk(str(part)):
-            assert row["document_lengths"] == [len(row["input_ids"])]
-            assert set(row) == {"input_ids", "labels", "document_lengths", "category"}
             found.append((tuple(row["input_ids"]), tuple(row["labels"])))
-    expected = []
+    return found
+
+
+def expected_rows(tokenizer, conversations):
     for messages in conversations:
         ids, loss = encode_conversation(tokenizer, messages)
         labels = [i if flag else IGNORE_INDEX for i, flag in zip(ids, loss, strict=True)]
-        expected.append((tuple(ids), tuple(labels)))
-    assert sorted(found) == sorted(expected)
+        yield tuple(ids), tuple(labels)
+
+
+def test_each_conversation_is_a_row_and_the_template_goes_along(
+    tmp_path, tokenizer, tokenizer_dir, write_lines, conversations
+):
+    data = write_lines([{"messages": messages} for messages in conversations])
+    assert prepare(data, tokenizer_dir, tmp_path / "out", num_spliced_dataset_bins=4) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.kind, manifest.chat_template) == ("sft", DEFAULT_TEMPLATE)
+    assert manifest.documents.accepted == manifest.categories["sft"].documents
+    assert manifest.documents.accepted == len(conversations)
+    assert sorted(rows_of(tmp_path / "out")) == sorted(expected_rows(tokenizer, conversations))
     assert open_parts([tmp_path / "out"], tokenizer_dir, 4096).manifest.kind == "sft"
 
 
-@pytest.mark.parametrize("max_length", [100, 200, 300, 500, 900, 2000])
-def test_long_conversations_keep_the_exchanges_that_fit(tokenizer, english, max_length):
-    text = " ".join(english)
-    contents = [text[start * 60 : start * 60 + 60] for start in range(13)]
-    messages = talk(*contents)  # ends with a question
-    messages.insert(4, {"from": "assistant", "content": "And more."})  # two answers in a row
-    ends = [2, 5, 7, 9, 11, 13]
-
-    def length(end):
-        return len(encode_conversation(tokenizer, messages[:end])[0])
-
-    best = max((end for end in ends if length(end) <= max_length), default=0)
-    assert whole_exchanges(tokenizer, messages, max_length) == best
-    cuts: Counter[str] = Counter()
-    documents = tokenize_conversations(tokenizer, [SftRecord(messages, "c")], max_length, cuts)
-    if not best:
-        with pytest.raises(DataError, match=f"--max_length {max_length}"):
-            list(documents)
-        return
-    (row,) = documents
-    whole = length(len(messages)) <= max_length
-    assert cuts == ({} if whole else {"shortened": 1})
-    assert len(row.input_ids) == length(len(messages) if whole else best)
-
-
-def test_what_is_left_out_is_said(tmp_path, tokenizer_dir, write_lines, capsys):
-    short, long_ = talk("Hi", "Hello"), talk("Hi", "Hello", "And?", "long " * 500)
-    lost = talk("long " * 500, "Hello")
-    lines = [{"messages": messages} for messages in (short, long_, lost)]
-    flags = {"max_length": 400, "num_spliced_dataset_bins": 1}
-    assert prepare(write_lines(lines), tokenizer_dir, tmp_path / "out", **flags) == 0
+def test_packed_conversations_stay_whole(
+    tmp_path, tokenizer, tokenizer_dir, write_lines, conversations
+):
+    data = write_lines([{"messages": messages} for messages in conversations])
+    flags = {"packing": "best_fit", "max_length": 1000, "num_spliced_dataset_bins": 1}
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    found = stretches_of(training_parts(tmp_path / "out"))
+    expected = [("sft", ids) for ids, _ in expected_rows(tokenizer, conversations)]
+    assert sorted(found.elements()) == sorted(expected)
     manifest = read_manifest(tmp_path / "out")
-    assert (manifest.rejected["too_long"], manifest.shortened) == (1, 1)
-    first, second = datasets.load_from_disk(str(tmp_path / "out" / "part-00000"))
-    assert first["input_ids"] == second["input_ids"]
+    assert manifest.categories["sft"].rows < len(conversations) / 3
+    rows = open_parts([tmp_path / "out"], tokenizer_dir, 1000)
+    learned = sum(int((row["labels"] >= 0).sum()) for row in rows.take(range(len(rows))))
+    assert learned == sum(
+        label >= 0 for _, labels in expected_rows(tokenizer, conversations) for label in labels
+    )
+
+
+def test_no_conversation_is_cut_even_where_packing_wastes_room(
+    tmp_path, tokenizer_dir, write_lines
+):
+    """Each fills a bit over half a row: cut up, they would fill rows, and lose their beginnings."""
+    data = write_lines([{"messages": talk("Hi", "word " * 150 + str(n))} for n in range(30)])
+    flags = {"packing": "best_fit", "num_spliced_dataset_bins": 1, "max_length": 700}
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    assert max(len(ids) for ids, _ in rows_of(tmp_path / "out")) < 700
+    assert len(rows_of(tmp_path / "out")) == 30
+
+
+def test_what_was_left_out_is_said(tmp_path, tokenizer_dir, write_lines, capsys):
+    lost = talk("long " * 500, "Hello")
+    lines = [
+        talk("Hi", "Hello"),
+        talk("Hi", "Hello", "And?", "long " * 500),
+        talk("Hi", "Hello", "And?"),
+        talk("Hi", "Hello", " ", "Nothing?"),
+        lost,
+    ]
+    data = write_lines([{"messages": messages} for messages in lines])
+    flags = {"max_length": 400, "num_spliced_dataset_bins": 1}
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.filtered == {"too_long": 1}
+    assert manifest.notes["shortened"] == manifest.notes["unanswered"] == 1
+    assert manifest.notes["empty_turns"] >= 1
+    rows = rows_of(tmp_path / "out")
+    assert len(rows) == 4
+    assert len({rows[0]} & set(rows)) == 1
+    (entry,) = map(json.loads, (tmp_path / "out" / "excluded" / "too_long.jsonl").open())
+    assert (entry["line"], entry["record"]["messages"]) == (5, lost)
     printed = capsys.readouterr().out
-    assert "1 conversation left out" in printed
-    assert "1 conversation shortened" in printed
+    assert "1 document excluded, see excluded/too_long.jsonl" in printed
+    assert "1 conversations shortened to --max_length" in printed
+
+
+def test_a_conversation_without_an_answer_is_rejected(tmp_path, tokenizer_dir, write_lines, capsys):
+    data = write_lines(
+        [{"messages": talk("Hi", "Hello")}, {"messages": talk("Hi")}], "in/talk.jsonl"
+    )
+    assert prepare(data, tokenizer_dir, tmp_path / "out") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    assert f"no assistant message, nothing to learn ({data}:2)" in errors[0]
+    assert prepare(data, tokenizer_dir, tmp_path / "out", max_rejected=0.5, resume=True) == 0
+    assert leftovers(tmp_path) == []
 
 
 def test_all_too_long_is_an_error(tmp_path, tokenizer_dir, write_lines, capsys):
     data = write_lines([{"messages": talk("Hi", "Hello")}])
     assert prepare(data, tokenizer_dir, tmp_path / "out", max_length=10) == 2
-    assert "exchange of any fits into --max_length 10; raise it" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "no document that could be kept" in printed
+    assert "1 too_long" in printed
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
-def test_process_names_the_bad_line_and_leaves_nothing(tmp_path, tokenizer_dir, write_lines):
-    lines = [{"messages": talk("Hi", "Hello")}, {"messages": talk("Hi")}]
-    data = write_lines(lines, "in/talk.jsonl")
-    flags = ["--data_input_dirs", data, "--tokenizer_dir", tokenizer_dir]
-    flags += ["--data_arrow_output_dir", tmp_path / "arrow"]
-    flags += ["--data_jsonl_output_dir", tmp_path / "jsonl"]
-    script = [sys.executable, str(ROOT / "prepare_sft_dataset.py")]
-    done = subprocess.run([*script, *map(str, flags)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {data}:2: no assistant message")
-    assert done.stderr.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+def test_any_number_of_workers_writes_the_same_bytes(
+    tmp_path, tokenizer_dir, write_lines, conversations
+):
+    lines = [{"messages": messages} for messages in conversations * 300]
+    data = write_lines(lines)
+    assert data.stat().st_size > 2 << 20
+    for workers in (1, 2):
+        flags = ["--data_input_dirs", data, "--tokenizer_dir", tokenizer_dir]
+        flags += ["--data_arrow_output_dir", tmp_path / str(workers), "--num_workers", workers]
+        done = run_script(*flags, kind="sft")
+        assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+
+
+def test_an_unknown_template_is_refused(tmp_path, tokenizer_dir, write_lines, capsys):
+    data = write_lines([{"messages": talk("Hi", "Hello")}])
+    for template, reason in (("chatml", "<|im_start|>"), ("nothing", "nothing")):
+        assert prepare(data, tokenizer_dir, tmp_path / "out", chat_template=template) == 2
+        assert reason in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
 
 
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, colossal_llama.dataset.prepare_sft, colossal_llama.dataset.prepare_pretrain,"
-        "colossal_llama.dataset.loader, colossal_llama.dataset.chat_format, json;"
+        "colossal_llama.dataset.loader, colossal_llama.dataset.chat.chat_format, json;"
         "print(json.dumps(list(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

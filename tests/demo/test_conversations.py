@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from colossal_llama.command import run
-from colossal_llama.dataset.records import input_files, sft_records
+from colossal_llama.dataset.chat.conversations import conversation_record
+from colossal_llama.dataset.records import read_strictly
+from colossal_llama.dataset.sources import input_files
 from colossal_llama.demo.conversations import (
     PROMPTS,
     ConversationOptions,
@@ -42,7 +44,7 @@ def make(text: Path, output: Path, *flags: str) -> int:
 
 def test_every_conversation_is_a_sentence_of_the_text_in_two(text: Path, tmp_path: Path) -> None:
     assert make(text, tmp_path / "out.jsonl", "--conversations", "30") == 0
-    found = list(sft_records(input_files([tmp_path / "out.jsonl"])))
+    found = list(read_strictly(input_files([tmp_path / "out.jsonl"]), conversation_record))
     assert len(found) == 30
     english = 0
     for record in found:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from colossal_llama.command import run
-from colossal_llama.dataset.records import PretrainRecord, input_files, pretrain_records
+from colossal_llama.dataset.records import PretrainRecord, pretrain_records
+from colossal_llama.dataset.sources import input_files
 from colossal_llama.demo import corpus
 from colossal_llama.demo.corpus import CorpusOptions, make_documents, split, take, write_corpus
 

@@ -83,6 +83,25 @@ def test_special_strings_in_a_prompt_are_text(loaded: Any) -> None:
     assert tokenizer.decode(ids[1:]) == "a</s>b<s>"
 
 
+def test_an_answer_stops_where_the_chat_template_ends_one(tiny_model: Path) -> None:
+    model, tokenizer = load_model_and_tokenizer(tiny_model, "cpu")
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{{ 'END' }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer.chat_template = template.replace("END", "")
+    greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20}
+    whole = tokenizer(say((model, tokenizer), **greedy), add_special_tokens=False)["input_ids"]
+    end = next(token for token in whole[3:] if token not in whole[:3])
+    piece = tokenizer.convert_ids_to_tokens(end)
+    tokenizer.add_special_tokens({"additional_special_tokens": [piece]})
+    without_end = say((model, tokenizer), **greedy)
+    tokenizer.chat_template = template.replace("END", piece)
+    answer = say((model, tokenizer), **greedy)
+    assert answer != without_end
+    assert without_end.startswith(answer)
+
+
 def test_generation_stops_at_the_end_of_the_context(
     loaded: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from colossal_llama.dataset.loader import GlobalSampler, collate, open_parts
+from colossal_llama.dataset.collator import collate
+from colossal_llama.dataset.loader import open_parts
+from colossal_llama.dataset.sampler import GlobalSampler
 from colossal_llama.training.neftune import NoisyEmbeddings
 
 
@@ -32,7 +34,7 @@ def train_plainly(
 ) -> list[Step]:
     """A step for each of ``rates``: weights of ``dtype``, fp32 masters, AdamW, one process."""
     rows = open_parts([part], model_dir, 512)
-    sampler = GlobalSampler(rows.rows_per_part, seed, batch_size)
+    sampler = GlobalSampler(rows.datasets, seed, batch_size)
     model = AutoModelForCausalLM.from_pretrained(model_dir, torch_dtype=dtype)
     model.train()
     noise = NoisyEmbeddings(model, noise_alpha, seed) if noise_alpha else None

@@ -56,6 +56,35 @@ def test_every_number_out_of_range_is_reported(paths: Paths) -> None:
     parse(paths, *[text for name in not_negative for text in (f"--{name}", "0")])
 
 
+def test_weights_fit_the_datasets(paths: Paths) -> None:
+    data, weights = str(paths["data"]), str(paths["weights"])
+    for flags, words in (
+        (["--dataset", data, "--dataset_weights", "0.5,0.5"], "2 weights for 1 datasets"),
+        (["--dataset", data, weights, "--dataset_weights", "1"], "1 weights for 2 datasets"),
+        (["--dataset", data, weights, "--dataset_weights", "1,0"], "must be positive"),
+        (["--dataset", data, weights, "--dataset_weights=-0.5,1.5"], "must be positive"),
+        (["--dataset", data, weights, "--dataset_weights", "nan,1"], "must be positive"),
+        (["--dataset", data, weights, "--dataset_weights", "0.7,0.298"], "add up to 1, not 0.998"),
+        (["--dataset", data, weights, "--dataset_weights", "inf,1"], "add up to 1, not inf"),
+    ):
+        (problem,) = problems(paths, *flags)
+        assert problem.startswith("--dataset_weights ")
+        assert words in problem
+    flags = ["--dataset", data, weights, data, "--dataset_weights", "0.333,0.333,0.3335"]
+    assert parse(paths, *flags).dataset_weights == [0.333, 0.333, 0.3335]
+
+
+def test_order_of_the_data(paths: Paths) -> None:
+    options = parse(paths)
+    assert (options.data_order, options.dataset_weights) == ("buckets", None)
+    assert options.verify_data == "size"
+    options = parse(paths, "--data_order", "shuffled", "--verify_data", "full")
+    assert (options.data_order, options.verify_data) == ("shuffled", "full")
+    for flag in ("--data_order", "--verify_data"):
+        (problem,) = problems(paths, flag, "sorted")
+        assert flag in problem
+
+
 @pytest.mark.parametrize("flag", ["--tp", "--pp", "--sp"])
 @pytest.mark.parametrize("plugin", PLUGINS)
 def test_only_plugin_3d_divides_the_model(
@@ -147,6 +176,7 @@ def test_flags_override_a_yaml_recipe(paths: Paths, tmp_path: Path) -> None:
     [
         [],
         ["--use_neft", "--lr", "1e-05", "--mixed_precision", "bf16", "--plugin", "zero2_cpu"],
+        ["--dataset_weights", "1.0", "--data_order", "shuffled", "--verify_data", "off"],
         ["--accumulation_steps", "4", "-s", "0", "--config_file", "x.json", "--grad_clip", "0"],
     ],
 )

@@ -1,0 +1,106 @@
+"""Worker processes: as many as asked for, none where one suffices."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from colossal_llama.errors import ColossalLlamaError
+
+_WAITING_PER_WORKER = 2
+_PR_SET_PDEATHSIG = 1
+
+_worker: Any = None  # of a worker process
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Workers:
+    """Calls methods of a worker object in ``count`` processes; in this one if it is 1.
+
+    Processes are started when first used, by spawning: a fork would copy whatever locks the
+    threads of numerical libraries hold.
+    """
+
+    def __init__(self, make: Callable[[], Any], count: int) -> None:
+        """``make`` builds the worker object in each process; it has to be picklable."""
+        self._make = make
+        self._count = count
+        self._local: Any = None
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yields the results of ``method(*task)``, in whatever order they come.
+
+        Raises:
+            ColossalLlamaError: a process was killed from outside.
+        """
+        if self._count == 1:
+            self._local = self._local or self._make()
+            for task in tasks:
+                yield getattr(self._local, method)(*task)
+            return
+        try:
+            yield from self._run_in_processes(method, iter(tasks))
+        except BrokenProcessPool:
+            raise ColossalLlamaError(
+                "a worker process was killed, perhaps for want of memory; give fewer "
+                "--num_workers, and --resume to go on"
+            ) from None
+
+    def _run_in_processes(self, method: str, tasks: Iterator[tuple[Any, ...]]) -> Iterator[Any]:
+        if self._executor is None:
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                self._count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(self._make, os.getpid()),
+            )
+        waiting: set[concurrent.futures.Future[Any]] = set()
+        try:
+            while True:
+                while len(waiting) < _WAITING_PER_WORKER * self._count:
+                    task = next(tasks, None)
+                    if task is None:
+                        break
+                    waiting.add(self._executor.submit(_call, method, task))
+                if not waiting:
+                    return
+                done, waiting = concurrent.futures.wait(
+                    waiting, return_when=concurrent.futures.FIRST_COMPLETED
+                )
+                for future in done:
+                    yield future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _start(make: Callable[[], Any], parent: int) -> None:
+    """Prepares a worker process: it leaves Ctrl-C to its parent, and ends with it."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before it could be watched
+        os._exit(1)
+    _worker = make()
+
+
+def _call(method: str, task: tuple[Any, ...]) -> Any:
+    return getattr(_worker, method)(*task)
