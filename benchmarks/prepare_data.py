@@ -162,7 +162,7 @@ class Watch(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self.stopped.wait(0.05):
+        while not self.stopped.wait(0.25):
             memory = 0
             with contextlib.suppress(psutil.Error):
                 for process in [self.process, *self.process.children(recursive=True)]:

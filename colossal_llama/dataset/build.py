@@ -149,6 +149,7 @@ def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
         functools.partial(job.make_kind, parallel=threads > 1),
         places.spool,
         whole_texts=job.whole_texts,
+        hash_texts=job.deduplicate != "none" or job.options.validation_fraction > 0,
         near_duplicates=job.deduplicate == "near",
         threads=threads,
     )
@@ -294,6 +295,7 @@ def _complete(
     duplicates = results.lines_of(table, ~kept)
     for _ in workers.run("write_duplicates", duplicates):
         pass
+    workers.close()
     results.write_lists(places.staged_arrow, [*job.stages, _DUPLICATE])
     manifest = _manifest(job, settings, results, int((~kept).sum()), plan, written)
     manifest.write(places.staged_arrow)

@@ -24,12 +24,15 @@ from colossal_llama.dataset.spool import (
     TokenFiles,
     ids_and_labels,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, RowData, write_json_lines, write_part
+from colossal_llama.dataset.writer import ARROW_FILE, RowBatch, write_json_lines, write_part
 from colossal_llama.errors import RecordError
-from colossal_llama.storage import sha256_file
+from colossal_llama.storage import fsync_tree, sha256_file
 
 # Characters that are tokenised at a time: the tokenizer's own memory is some 50 bytes each.
 _BATCH_CHARACTERS = 1 << 19
+
+# A batch of Arrow rows is read, and made, as a whole.
+_BATCH_ROWS, _BATCH_TOKENS = 256, 1 << 20
 
 
 class ChunkWorker:
@@ -39,6 +42,7 @@ class ChunkWorker:
         make_kind: builds the kind of documents, which may load a tokenizer.
         spool: directory of the chunks' files.
         whole_texts: a ``.txt`` file is one document.
+        hash_texts: compute the hash of every text, by which equal texts are found.
         near_duplicates: also compute the hashes by which near duplicates are found.
         threads: threads of the tokenizer.
     """
@@ -49,6 +53,7 @@ class ChunkWorker:
         spool: Path,
         *,
         whole_texts: bool,
+        hash_texts: bool,
         near_duplicates: bool,
         threads: int,
     ) -> None:
@@ -60,6 +65,7 @@ class ChunkWorker:
         self._spool = spool
         self._tokens = TokenFiles(spool)
         self._whole_texts = whole_texts
+        self._hash_texts = hash_texts
         self._near_duplicates = near_duplicates
 
     def tokenize(self, number: int, chunk: Chunk) -> tuple[Chunk, ChunkSummary]:
@@ -72,7 +78,9 @@ class ChunkWorker:
         kind.notes.clear()
         files = ChunkFiles(self._spool, number)
         files.remove()
-        with _ChunkWriter(files, kind, near_duplicates=self._near_duplicates) as writer:
+        with _ChunkWriter(
+            files, kind, hash_texts=self._hash_texts, near_duplicates=self._near_duplicates
+        ) as writer:
             reader = ChunkReader(chunk, whole_texts=self._whole_texts)
             for line, fields in reader:
                 writer.add(line, fields)
@@ -95,25 +103,37 @@ class ChunkWorker:
         """Writes a part under its name; it is there when it is complete."""
         temporary = arrow / f".{plan.name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
-        rows: Iterator[RowData] = self._rows(plan)
+        batches = self._batches(plan)
         if jsonl:
-            rows = write_json_lines(jsonl / f"{plan.name}.jsonl", rows)
-        write_part(temporary, rows, plan.names)
+            batches = write_json_lines(jsonl / f"{plan.name}.jsonl", batches, plan.names)
+        write_part(temporary, batches, plan.names)
         part = _describe(plan, temporary / ARROW_FILE)
+        # Here, so that the disk works while other processes compute.
+        fsync_tree(temporary)
         # A run that was killed may have written it without noting that it had.
         shutil.rmtree(arrow / plan.name, ignore_errors=True)
         os.replace(temporary, arrow / plan.name)
         return plan.name, part
 
-    def _rows(self, plan: PartPlan) -> Iterator[RowData]:
-        chunks, starts = plan.chunks.tolist(), plan.starts.tolist()
-        lengths, offsets = plan.lengths.tolist(), plan.offsets.tolist()
-        for row, category in enumerate(plan.categories.tolist()):
-            stretches = slice(offsets[row], offsets[row + 1])
-            tokens = self._tokens.stretches(
-                chunks[stretches], starts[stretches], lengths[stretches]
+    def _batches(self, plan: PartPlan) -> Iterator[RowBatch]:
+        """The rows of a part; a batch has at most ``_BATCH_ROWS`` and about ``_BATCH_TOKENS``."""
+        import numpy as np
+
+        ends = np.concatenate([[0], np.cumsum(plan.lengths)])
+        row_ends = ends[plan.offsets]
+        longest = int(np.diff(row_ends).max(initial=1))
+        rows = max(1, min(_BATCH_ROWS, _BATCH_TOKENS // longest))
+        for first in range(0, max(1, len(plan.categories)), rows):
+            last = min(first + rows, len(plan.categories))
+            own = slice(plan.offsets[first], plan.offsets[last])
+            tokens = self._tokens.stretches(plan.chunks[own], plan.starts[own], plan.lengths[own])
+            yield RowBatch(
+                *ids_and_labels(tokens),
+                row_offsets=(row_ends[first : last + 1] - row_ends[first]).astype(np.int32),
+                document_lengths=plan.lengths[own].astype(np.int32),
+                document_offsets=(plan.offsets[first : last + 1] - own.start).astype(np.int32),
+                categories=plan.categories[first:last].astype(np.int32),
             )
-            yield RowData(*ids_and_labels(tokens), lengths[stretches], plan.names[category])
 
 
 def _describe(plan: PartPlan, path: Path) -> Part:
@@ -135,11 +155,17 @@ class _ChunkWriter:
     """Takes the records of a chunk, tokenises them in batches, and writes its files."""
 
     def __init__(
-        self, files: ChunkFiles, kind: DocumentKind[Any], *, near_duplicates: bool
+        self,
+        files: ChunkFiles,
+        kind: DocumentKind[Any],
+        *,
+        hash_texts: bool,
+        near_duplicates: bool,
     ) -> None:
         self.summary = ChunkSummary()
         self._files = files
         self._kind = kind
+        self._hash_texts = hash_texts
         self._near_duplicates = near_duplicates
         self._streams = contextlib.ExitStack()
         self._side_files: dict[Path, TextIO] = {}
@@ -209,7 +235,7 @@ class _ChunkWriter:
         table = np.empty(len(lines), dtype=DOCUMENT_FIELDS)
         table["length"], table["line"] = batch.lengths, lines
         table["loss_start"], table["loss_tokens"] = batch.loss_start, batch.loss_tokens
-        table["hash"] = [text_hash(text) for text in texts]
+        table["hash"] = [text_hash(text) for text in texts] if self._hash_texts else 0
         for index, record in enumerate(records):
             category = self._kind.category(record)
             if category not in known:

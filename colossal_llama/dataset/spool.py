@@ -13,7 +13,6 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -148,16 +147,21 @@ class TokenFiles:
         # There may be more chunks than a process may have open files.
         self._open = functools.lru_cache(maxsize=_OPEN_FILES)(self._open_chunk)
 
-    def stretches(
-        self, chunks: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
-    ) -> np.ndarray:
-        """Stretches of the chunks' tokens, one after the other, int32 [sum of lengths]."""
+    def stretches(self, chunks: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Stretches of the chunks' tokens, one after the other, int32 [sum of lengths].
+
+        Args:
+            chunks: numbers of the chunks, int [stretches].
+            starts: first token of each stretch in its chunk, int [stretches].
+            lengths: its tokens, int [stretches].
+        """
         import numpy as np
 
-        tokens = np.empty(sum(lengths), dtype=np.int32)
-        view = memoryview(tokens.data).cast("B")
+        tokens = np.empty(int(lengths.sum()), dtype=np.int32)
+        view = memoryview(tokens.data).cast("B") if len(tokens) else memoryview(b"")
         begin = 0
-        for chunk, start, length in zip(chunks, starts, lengths, strict=True):
+        places = zip(chunks.tolist(), starts.tolist(), lengths.tolist(), strict=True)
+        for chunk, start, length in places:
             end = begin + 4 * length
             read = os.preadv(self._open(chunk).fileno(), [view[begin:end]], 4 * start)
             assert read == end - begin, (chunk, start, length)

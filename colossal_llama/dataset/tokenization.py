@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -160,15 +161,16 @@ class GigatokenEncoder:
 
     def __init__(self, tokenizer_json: str, *, parallel: bool = False) -> None:
         import gigatoken
-        from tokenizers import Tokenizer
 
         content = json.loads(tokenizer_json)
         content["added_tokens"] = [
             token for token in content.get("added_tokens") or [] if not token["special"]
         ]
         content["truncation"] = content["padding"] = None
-        text = json.dumps(content, ensure_ascii=False)
-        self._backend = gigatoken.Tokenizer(Tokenizer.from_str(text))
+        with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False)
+            file.flush()
+            self._backend = gigatoken.Tokenizer(file.name)
         self._parallel = parallel
 
     def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -45,6 +45,11 @@ class Workers:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
+    def close(self) -> None:
+        """Lets the processes end, without waiting until they have."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False)
+
     def run(self, method: str, tasks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
         """Yields the results of ``method(*task)``, in whatever order they come.
 

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from colossal_llama.storage import write_json
 
 if TYPE_CHECKING:
     import numpy as np
-    import pyarrow
 
 ARROW_FILE = "data-00000-of-00001.arrow"
 IGNORE_INDEX = -100
-_ROWS_PER_BATCH = 256
 
 
-class RowData(NamedTuple):
-    """A finished row: int32 [length] twice, the lengths of its documents, its category."""
+class RowBatch(NamedTuple):
+    """Finished rows, one after the other.
+
+    Row ``r`` has the tokens ``row_offsets[r]`` to ``row_offsets[r + 1]`` and the documents
+    ``document_offsets[r]`` to ``document_offsets[r + 1]``. int32 all: ``input_ids`` and
+    ``labels`` [tokens], ``document_lengths`` [documents], the offsets [rows + 1], and
+    ``categories`` [rows], indices into the part's.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
-    document_lengths: list[int]
-    category: str
+    row_offsets: np.ndarray
+    document_lengths: np.ndarray
+    document_offsets: np.ndarray
+    categories: np.ndarray
 
 
-def write_part(directory: Path, rows: Iterable[RowData], categories: list[str]) -> None:
-    """Writes ``rows`` to the new directory ``directory``; there may be none.
+def write_part(directory: Path, batches: Iterable[RowBatch], categories: list[str]) -> None:
+    """Writes rows to the new directory ``directory``.
 
     ``datasets`` itself would put a random fingerprint beside the rows; here it is a constant,
     for the same rows have to give the same bytes.
+
+    Args:
+        directory: of the part.
+        batches: at least one, for a stream without any cannot be opened as a dataset; a part
+            without rows has an empty one.
+        categories: the names of all categories.
     """
     import pyarrow as pa
 
@@ -45,12 +56,22 @@ def write_part(directory: Path, rows: Iterable[RowData], categories: list[str]) 
             ("category", pa.dictionary(pa.int32(), pa.string())),
         ]
     )
+    names = pa.array(categories, pa.string())
     with (
         pa.OSFile(str(directory / ARROW_FILE), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as stream,
     ):
-        for batch in _record_batches(rows, schema, categories):
-            stream.write_batch(batch)
+        for batch in batches:
+            columns = [
+                pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+                for offsets, values in (
+                    (batch.row_offsets, batch.input_ids),
+                    (batch.row_offsets, batch.labels),
+                    (batch.document_offsets, batch.document_lengths),
+                )
+            ]
+            columns.append(pa.DictionaryArray.from_arrays(pa.array(batch.categories), names))
+            stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
     write_json(directory / "dataset_info.json", {"features": None})  # as the Arrow schema says
     write_json(
         directory / "state.json",
@@ -66,47 +87,20 @@ def write_part(directory: Path, rows: Iterable[RowData], categories: list[str]) 
     )
 
 
-def write_json_lines(path: Path, rows: Iterable[RowData]) -> Iterator[RowData]:
-    """Passes ``rows`` on and writes each as a JSON line with the columns of the Arrow file."""
+def write_json_lines(
+    path: Path, batches: Iterable[RowBatch], categories: list[str]
+) -> Iterator[RowBatch]:
+    """Passes ``batches`` on and writes each row as a JSON line with the Arrow file's columns."""
     with path.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            columns = row._asdict() | {
-                "input_ids": row.input_ids.tolist(),
-                "labels": row.labels.tolist(),
-            }
-            stream.write(json.dumps(columns, ensure_ascii=False) + "\n")
-            yield row
-
-
-def _record_batches(
-    rows: Iterable[RowData], schema: pyarrow.Schema, categories: list[str]
-) -> Iterator[pyarrow.RecordBatch]:
-    import pyarrow as pa
-
-    # A stream without any batch cannot be opened as a dataset: a part without rows has an
-    # empty one.
-    iterator = iter(rows)
-    batch = list(itertools.islice(iterator, _ROWS_PER_BATCH))
-    while True:
-        codes = pa.array([categories.index(row.category) for row in batch], pa.int32())
-        columns = [
-            _list_array([row.input_ids for row in batch]),
-            _list_array([row.labels for row in batch]),
-            _list_array([row.document_lengths for row in batch]),
-            pa.DictionaryArray.from_arrays(codes, pa.array(categories, pa.string())),
-        ]
-        yield pa.RecordBatch.from_arrays(columns, schema=schema)
-        batch = list(itertools.islice(iterator, _ROWS_PER_BATCH))
-        if not batch:
-            return
-
-
-def _list_array(values: list[Any]) -> pyarrow.ListArray:
-    """A list<int32> column of one list per row."""
-    import numpy as np
-    import pyarrow as pa
-
-    offsets = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(value) for value in values], out=offsets[1:])
-    flat: np.ndarray = np.concatenate([np.asarray([], dtype=np.int32), *values]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+        for batch in batches:
+            for row, category in enumerate(batch.categories):
+                tokens = slice(*batch.row_offsets[row : row + 2])
+                documents = slice(*batch.document_offsets[row : row + 2])
+                columns = {
+                    "input_ids": batch.input_ids[tokens].tolist(),
+                    "labels": batch.labels[tokens].tolist(),
+                    "document_lengths": batch.document_lengths[documents].tolist(),
+                    "category": categories[category],
+                }
+                stream.write(json.dumps(columns, ensure_ascii=False) + "\n")
+            yield batch

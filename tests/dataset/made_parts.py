@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,10 +18,40 @@ from colossal_llama.dataset.manifest import (
     Part,
     tokenizer_identity,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, RowData, write_part
+from colossal_llama.dataset.writer import ARROW_FILE, RowBatch, write_part
 from colossal_llama.storage import sha256_file
 
 CATEGORIES = ["code", "en", "zh"]
+
+
+class RowData(NamedTuple):
+    """A row: int32 [length] twice, the lengths of its documents, its category."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    document_lengths: list[int]
+    category: str
+
+
+def write_rows(directory: Path, rows: Sequence[RowData], categories: list[str]) -> None:
+    """Writes a part of these rows, in batches of 256."""
+
+    def offsets(values: Sequence[Sized]) -> np.ndarray:
+        return np.cumsum([0, *map(len, values)]).astype(np.int32)
+
+    def batch(rows: Sequence[RowData]) -> RowBatch:
+        nothing = np.empty(0, np.int32)
+        return RowBatch(
+            np.concatenate([nothing, *(row.input_ids for row in rows)]).astype(np.int32),
+            np.concatenate([nothing, *(row.labels for row in rows)]).astype(np.int32),
+            offsets([row.input_ids for row in rows]),
+            np.concatenate([nothing, *(row.document_lengths for row in rows)]).astype(np.int32),
+            offsets([row.document_lengths for row in rows]),
+            np.array([categories.index(row.category) for row in rows], np.int32),
+        )
+
+    starts = range(0, max(1, len(rows)), 256)
+    write_part(directory, (batch(rows[start : start + 256]) for start in starts), categories)
 
 
 def some_rows(count: int, seed: int = 0, longest: int = 40) -> list[RowData]:
@@ -75,7 +106,7 @@ def write_dataset(
 
 
 def _write(part: Path, rows: Sequence[RowData]) -> Part:
-    write_part(part, rows, CATEGORIES)
+    write_rows(part, rows, CATEGORIES)
     lengths = [len(row.input_ids) for row in rows]
     path = part / ARROW_FILE
     files = {ARROW_FILE: ArrowFile(path.stat().st_size, sha256_file(path))}

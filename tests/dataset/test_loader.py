@@ -15,9 +15,17 @@ import pytest
 from colossal_llama.dataset.arrow_rows import ArrowRows
 from colossal_llama.dataset.loader import VERIFICATIONS, TrainingRows, open_parts, part_directories
 from colossal_llama.dataset.manifest import read_manifest
-from colossal_llama.dataset.writer import ARROW_FILE, RowData, write_part
+from colossal_llama.dataset.writer import ARROW_FILE
 from colossal_llama.errors import DataError
-from tests.dataset.made_parts import CATEGORIES, plain, some_rows, write_dataset, write_tokenizer
+from tests.dataset.made_parts import (
+    CATEGORIES,
+    RowData,
+    plain,
+    some_rows,
+    write_dataset,
+    write_rows,
+    write_tokenizer,
+)
 
 # More than two record batches, one row, none, one batch.
 PARTS = [some_rows(600, 1), some_rows(1, 2), [], some_rows(200, 3)]
@@ -110,7 +118,7 @@ def cut(path: Path) -> None:
 
 def cut_after_a_batch(path: Path) -> None:
     """A stream that ends between two batches is not damaged, only shorter."""
-    write_part(path.parent / "shorter", PARTS[0][:256], CATEGORIES)
+    write_rows(path.parent / "shorter", PARTS[0][:256], CATEGORIES)
     (path.parent / "shorter" / ARROW_FILE).replace(path)
 
 
@@ -179,7 +187,7 @@ def test_every_file_is_verified(output: Path, tokenizer: Path) -> None:
 
 def test_no_damage_is_more_than_an_error(tmp_path: Path) -> None:
     """Offsets that lead out of the file, lengths that lie: followed, they end the process."""
-    write_part(tmp_path / "part", some_rows(300, 5), CATEGORIES)
+    write_rows(tmp_path / "part", some_rows(300, 5), CATEGORIES)
     path = tmp_path / "part" / ARROW_FILE
     content = path.read_bytes()
     generator = random.Random(0)
@@ -200,6 +208,18 @@ def test_no_damage_is_more_than_an_error(tmp_path: Path) -> None:
     assert all(error.startswith(f"{path}: ") and "\n" not in error for error in errors)
 
 
+def add_batch(path: Path, row: RowData) -> None:
+    """Writes the file again with a batch of one more row, as our writer never would."""
+    with pa.ipc.open_stream(path.read_bytes()) as stream:
+        schema, batches = stream.schema, list(stream)
+    columns = [pa.array([list(value)], pa.list_(pa.int32())) for value in row[:3]]
+    category = batches[0].column("category").dictionary
+    columns.append(pa.DictionaryArray.from_arrays(pa.array([1], pa.int32()), category))
+    with pa.ipc.new_stream(path, schema) as sink:
+        for batch in [*batches, pa.RecordBatch.from_arrays(columns, schema=schema)]:
+            sink.write_batch(batch)
+
+
 def test_columns_that_disagree(tmp_path: Path) -> None:
     ids = np.arange(5, dtype=np.int32)
     for row, reason in [
@@ -207,7 +227,8 @@ def test_columns_that_disagree(tmp_path: Path) -> None:
         (RowData(ids, ids, [2, 2], "en"), "5 ids, 5 labels and documents of 4 tokens"),
     ]:
         part = tmp_path / reason
-        write_part(part, [*some_rows(3), row], CATEGORIES)
+        write_rows(part, some_rows(3), CATEGORIES)
+        add_batch(part / ARROW_FILE, row)
         rows = ArrowRows(part / ARROW_FILE)
         rows.row(2)
         with pytest.raises(DataError, match=f"row 3 has {reason}"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from colossal_llama import cli
-from colossal_llama.dataset.writer import IGNORE_INDEX, RowData
+from colossal_llama.dataset.writer import IGNORE_INDEX
 from tests.dataset.inspection.prepared import (
     BOS,
     CATEGORIES,
@@ -20,6 +20,7 @@ from tests.dataset.inspection.prepared import (
     part,
     row,
 )
+from tests.dataset.made_parts import RowData
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from colossal_llama.dataset.manifest import (
     Part,
     tokenizer_identity,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, IGNORE_INDEX, RowData, write_part
+from colossal_llama.dataset.writer import ARROW_FILE, IGNORE_INDEX
 from colossal_llama.storage import sha256_file
+from tests.dataset.made_parts import RowData, write_rows
 
 BOS, EOS = 1, 2
 CATEGORIES = ["[red]en", "zh"]
@@ -38,7 +39,7 @@ def row(ids: Any, labels: Any, lengths: list[int], category: str) -> RowData:
 
 
 def part(directory: Path, rows: list[RowData]) -> Part:
-    write_part(directory, rows, CATEGORIES)
+    write_rows(directory, rows, CATEGORIES)
     path = directory / ARROW_FILE
     tokens = {
         name: sum(len(r.input_ids) for r in rows if r.category == name) for name in CATEGORIES

@@ -13,7 +13,7 @@ from colossal_llama.dataset.manifest import (
     MANIFEST_FILE,
     read_manifest,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, RowData
+from colossal_llama.dataset.writer import ARROW_FILE
 from tests.dataset.inspection.prepared import (
     CATEGORIES,
     cells,
@@ -21,6 +21,7 @@ from tests.dataset.inspection.prepared import (
     part,
     row,
 )
+from tests.dataset.made_parts import RowData
 
 
 def test_figures_are_those_of_the_manifest(inspect: Any, data: Path) -> None:

@@ -12,13 +12,13 @@ from colossal_llama.dataset.manifest import (
     MANIFEST_FILE,
     read_manifest,
 )
-from colossal_llama.dataset.writer import RowData
 from tests.dataset.inspection.prepared import (
     CATEGORIES,
     decode,
     documents_of,
     loss_texts,
 )
+from tests.dataset.made_parts import RowData
 
 
 class Page(HTMLParser):

@@ -15,7 +15,7 @@ import pytest
 from colossal_llama.dataset.manifest import (
     read_manifest,
 )
-from colossal_llama.dataset.writer import ARROW_FILE, IGNORE_INDEX, RowData
+from colossal_llama.dataset.writer import ARROW_FILE, IGNORE_INDEX
 from tests.dataset.inspection.prepared import (
     BOS,
     CHINESE,
@@ -28,6 +28,7 @@ from tests.dataset.inspection.prepared import (
     row,
     shown,
 )
+from tests.dataset.made_parts import RowData
 
 
 def test_rows_read_as_the_tokenizer_decodes_them(
