@@ -162,7 +162,8 @@ class Watch(threading.Thread):
         self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self.stopped.wait(0.25):
+        # Looking costs time of the cores that are measured.
+        while not self.stopped.wait(0.5):
             memory = 0
             with contextlib.suppress(psutil.Error):
                 for process in [self.process, *self.process.children(recursive=True)]:

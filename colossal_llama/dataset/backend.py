@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.dataset.sources import Chunk, ChunkReader
@@ -121,9 +122,15 @@ def _sample(chunks: Sequence[Chunk], text_of: Callable[[dict[str, Any]], str]) -
 
 def _first_difference(tokenizer_json: str, texts: Sequence[str]) -> str | None:
     """Where the two libraries differ; None if they do not."""
+    # Both take most of a second, much of it loading: at the same time, it is one.
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(lambda: HuggingFaceEncoder(tokenizer_json)(texts))
+        return _compare(tokenizer_json, texts, waiting)
+
+
+def _compare(tokenizer_json: str, texts: Sequence[str], expected: Future[Any]) -> str | None:
     import numpy as np
 
-    expected = HuggingFaceEncoder(tokenizer_json)(texts)
     try:
         found = GigatokenEncoder(tokenizer_json, parallel=True)(texts)
     # Its Rust side panics with an exception that is no Exception, for kinds it does not know.
@@ -131,12 +138,11 @@ def _first_difference(tokenizer_json: str, texts: Sequence[str]) -> str | None:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         return f"it does not take this tokenizer ({' '.join(str(error).split())[:100]})"
-    if all(np.array_equal(one, other) for one, other in zip(expected, found, strict=True)):
+    pairs = list(zip(expected.result(), found, strict=True))
+    if all(np.array_equal(*pair) for pair in pairs):
         return None
-    same = [
-        np.array_equal(one, other)
-        for one, other in zip(_split(*expected), _split(*found), strict=True)
-    ]
+    texts_of_both = zip(_split(*expected.result()), _split(*found), strict=True)
+    same = [np.array_equal(*pair) for pair in texts_of_both]
     first = texts[same.index(False)][:40]
     return f"other ids in {same.count(False)} of {len(texts)} texts, first in {first!r}"
 

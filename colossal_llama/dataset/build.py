@@ -143,7 +143,7 @@ def build_dataset(job: Job) -> None:
 
 def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
     share, shares = job.options.share()
-    count, threads = _processes(job)
+    count, threads = processes(job.options, job.chunks)
     make = functools.partial(
         ChunkWorker,
         functools.partial(job.make_kind, parallel=threads > 1),
@@ -183,13 +183,13 @@ def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
             _complete(job, places, settings, results, table, kept, plan, workers)
 
 
-def _processes(job: Job) -> tuple[int, int]:
-    """Worker processes, and threads in each."""
-    cores = job.options.num_workers or available_cores()
-    small = sum(chunk.size for chunk in job.chunks) < _ONE_PROCESS_BYTES
-    if small and job.options.num_workers is None:
+def processes(options: DatasetOptions, chunks: list[Chunk]) -> tuple[int, int]:
+    """How many worker processes, and how many threads in each."""
+    cores = options.num_workers or available_cores()
+    small = sum(chunk.size for chunk in chunks) < _ONE_PROCESS_BYTES
+    if small and options.num_workers is None:
         return 1, cores
-    count = max(1, min(cores, len(job.chunks) // job.options.share()[1]))
+    count = max(1, min(cores, len(chunks) // options.share()[1]))
     return count, max(1, cores // count)
 
 

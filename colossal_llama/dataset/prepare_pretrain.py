@@ -9,13 +9,20 @@ from typing import Any
 
 from colossal_llama.command import option
 from colossal_llama.dataset.backend import BACKENDS
-from colossal_llama.dataset.build import Job, build_dataset
+from colossal_llama.dataset.build import Job, build_dataset, processes
 from colossal_llama.dataset.cleaning.cleaner import CleaningOptions, build_cleaner
 from colossal_llama.dataset.documents import PretrainDocuments
 from colossal_llama.dataset.manifest import tokenizer_identity
 from colossal_llama.dataset.options import DatasetOptions
 from colossal_llama.dataset.records import DEFAULT_CATEGORY, pretrain_record
 from colossal_llama.dataset.sources import divide, input_files
+from colossal_llama.dataset.workers import prepare_processes
+
+# What a worker needs; a module that is missing is passed over.
+_WORKER_MODULES = [
+    *("numpy", "pyarrow", "tokenizers", "awkward", "gigatoken"),
+    "colossal_llama.dataset.chunk_worker",
+]
 
 
 @dataclass
@@ -57,6 +64,8 @@ def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
     files = input_files(options.data_input_dirs)
     whole_texts = options.txt_documents == "file"
     chunks = divide(files, whole_texts=whole_texts)
+    if processes(options, chunks)[0] > 1:
+        prepare_processes(_WORKER_MODULES)
     tokenizer = text_tokenizer(options.tokenizer_dir)
     cleaner = build_cleaner(options)
 

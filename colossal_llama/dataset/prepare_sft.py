@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.command import option
-from colossal_llama.dataset.build import Job, build_dataset
+from colossal_llama.dataset.build import Job, build_dataset, processes
 from colossal_llama.dataset.documents import SftDocuments
 from colossal_llama.dataset.manifest import tokenizer_identity
 from colossal_llama.dataset.options import DatasetOptions
 from colossal_llama.dataset.sources import divide, input_files
+from colossal_llama.dataset.workers import prepare_processes
+
+# What a worker needs, of which transformers takes seconds to import.
+_WORKER_MODULES = [
+    *("numpy", "pyarrow", "transformers.models.auto.tokenization_auto", "jinja2"),
+    "colossal_llama.dataset.chunk_worker",
+]
 
 
 @dataclass
@@ -46,6 +53,9 @@ def prepare_sft_dataset(options: SftDatasetOptions) -> None:
     from colossal_llama.dataset.tokenization import load_tokenizer
 
     files = input_files(options.data_input_dirs)
+    chunks = divide(files)
+    if processes(options, chunks)[0] > 1:
+        prepare_processes(_WORKER_MODULES)
     tokenizer = load_tokenizer(options.tokenizer_dir)
     template = choose_template(options.chat_template, tokenizer, options.tokenizer_dir)
     build_dataset(
@@ -53,7 +63,7 @@ def prepare_sft_dataset(options: SftDatasetOptions) -> None:
             kind="sft",
             options=options,
             files=files,
-            chunks=divide(files),
+            chunks=chunks,
             make_kind=functools.partial(
                 _sft_documents, options.tokenizer_dir, template, options.max_length
             ),

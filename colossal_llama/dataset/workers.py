@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import concurrent.futures
-import ctypes
 import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from colossal_llama.errors import ColossalLlamaError
 
 _WAITING_PER_WORKER = 2
-_PR_SET_PDEATHSIG = 1
 
 _worker: Any = None  # of a worker process
 
@@ -24,11 +25,20 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def prepare_processes(modules: Sequence[str]) -> None:
+    """Begins to import ``modules`` in the process from which workers will be forked.
+
+    That goes on beside what this process does next, and is done once for all workers.
+    """
+    multiprocessing.set_forkserver_preload(list(modules))
+    multiprocessing.forkserver.ensure_running()
+
+
 class Workers:
     """Calls methods of a worker object in ``count`` processes; in this one if it is 1.
 
-    Processes are started when first used, by spawning: a fork would copy whatever locks the
-    threads of numerical libraries hold.
+    They are forked, when first used, from a process that does nothing else: a fork of this one
+    would copy whatever locks the threads of numerical libraries hold.
     """
 
     def __init__(self, make: Callable[[], Any], count: int) -> None:
@@ -73,9 +83,9 @@ class Workers:
         if self._executor is None:
             self._executor = concurrent.futures.ProcessPoolExecutor(
                 self._count,
-                mp_context=multiprocessing.get_context("spawn"),
+                mp_context=multiprocessing.get_context("forkserver"),
                 initializer=_start,
-                initargs=(self._make, os.getpid()),
+                initargs=(self._make,),
             )
         waiting: set[concurrent.futures.Future[Any]] = set()
         try:
@@ -97,14 +107,20 @@ class Workers:
                 future.cancel()
 
 
-def _start(make: Callable[[], Any], parent: int) -> None:
-    """Prepares a worker process: it leaves Ctrl-C to its parent, and ends with it."""
+def _start(make: Callable[[], Any]) -> None:
+    """Prepares a worker process: it leaves Ctrl-C to the command, and ends with it."""
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before it could be watched
-        os._exit(1)
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
     _worker = make()
+
+
+def _end_with_the_command() -> None:
+    """Ends this process when the command has gone, even if that was killed."""
+    command = multiprocessing.parent_process()
+    assert command is not None
+    multiprocessing.connection.wait([command.sentinel])
+    os._exit(1)
 
 
 def _call(method: str, task: tuple[Any, ...]) -> Any:

@@ -113,27 +113,31 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path, data, tokenizer_dir, w
 def test_no_process_outlives_a_killed_run(tmp_path, data, tokenizer_dir):
     spool = tmp_path / ".out.work" / "chunks"
     flags = flags_of(data, tokenizer_dir, tmp_path / "out", num_workers=2, **FLAGS)
-    assert run_until(
-        lambda: len(list(spool.glob("*.json"))) >= 1, script("pretrain", *flags), signal.SIGKILL
-    )
+    with subprocess.Popen(
+        script("pretrain", *flags), stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        while not list(spool.glob("*.json")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        session = os.getsid(process.pid)
+        assert len(processes_of_session(session)) >= 3
+        process.kill()
     deadline = time.monotonic() + 10
-    while running := processes_that_name(str(tmp_path / "out")):
+    while running := processes_of_session(session):
         assert time.monotonic() < deadline, running
         time.sleep(0.05)
-    # Children do not carry the flags in their command line: their session tells.
-    before = len(list(spool.glob("*")))
-    time.sleep(0.5)
-    assert len(list(spool.glob("*"))) == before
 
 
-def processes_that_name(text: str) -> list[str]:
+def processes_of_session(session: int) -> list[str]:
+    """What still runs of those that a command, leader of its session, has started."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            if text in path.read_text():
-                found.append(path.parent.name)
+            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
         except OSError:
             continue
+        if int(number) == session and state != "Z":
+            found.append(path.parent.name)
     return found
 
 
