@@ -10,14 +10,15 @@ Chunks and parts that are done are not done again by a run that resumes, or by a
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from colossal_llama.dataset.chunk_worker import ChunkWorker
+from colossal_llama.dataset.job import Job, processes
 from colossal_llama.dataset.layout import LayoutOptions, Plan, plan_parts
 from colossal_llama.dataset.manifest import (
     MANIFEST_FILE,
@@ -27,86 +28,24 @@ from colossal_llama.dataset.manifest import (
     DocumentCount,
     Manifest,
     Part,
-    TokenizerIdentity,
     read_manifest,
 )
-from colossal_llama.dataset.options import DatasetOptions
 from colossal_llama.dataset.results import Results
 from colossal_llama.dataset.selection import check_mix, parse_mix
-from colossal_llama.dataset.sources import Chunk
 from colossal_llama.dataset.spool import ChunkFiles
 from colossal_llama.dataset.summary import summary
-from colossal_llama.dataset.workers import Workers, available_cores
+from colossal_llama.dataset.workers import Workers
 from colossal_llama.dataset.workspace import Places, hold_completion, open_workspace
 from colossal_llama.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
 
-# Below this, starting processes takes longer than one process with threads takes for all.
-_ONE_PROCESS_BYTES = 8 << 20
-
-# Flags on which the output does not depend.
-_ELSEWHERE = {
-    *("data_input_dirs", "data_arrow_output_dir", "data_jsonl_output_dir", "data_cache_dir"),
-    *("max_rejected", "num_workers", "resume", "shard", "overwrite", "tokenizer_backend"),
-}
 _DUPLICATE = "duplicate"
 
 
 class RejectedError(DataError):
     """Too many records are malformed. What was tokenised is kept for ``--resume``."""
-
-
-@dataclass
-class Job:
-    """A run of one of the commands.
-
-    Args:
-        kind: "pretrain" or "sft".
-        options: of the command.
-        files: the input, in order.
-        chunks: the input, cut.
-        make_kind: builds the kind of documents in a worker; is given ``parallel``, whether it
-            may use several threads.
-        tokenizer: what makes the ids.
-        backend: "hf" or "gigatoken".
-        packing: how documents share rows, a name of ``PACKINGS``.
-        stages: cleaning stages that may exclude documents.
-        chat_template: what formats conversations.
-        whole_texts: a ``.txt`` file is one document.
-        deduplicate: "none", "exact" or "near".
-    """
-
-    kind: str
-    options: DatasetOptions
-    files: list[Path]
-    chunks: list[Chunk]
-    make_kind: Callable[..., Any]
-    tokenizer: TokenizerIdentity
-    backend: str
-    packing: str
-    stages: list[str]
-    chat_template: str | None = None
-    whole_texts: bool = False
-    deduplicate: str = "none"
-
-    def settings(self) -> dict[str, Any]:
-        """All on which the output depends, as plain values."""
-        from colossal_llama.command import as_dict
-
-        flags = {k: v for k, v in as_dict(self.options).items() if k not in _ELSEWHERE}
-        return {
-            **flags,
-            "kind": self.kind,
-            "tokenizer_fingerprint": self.tokenizer.fingerprint,
-            "tokenizer_backend": self.backend,
-            "chat_template": self.chat_template,
-            "inputs": [
-                {"file": str(file), "bytes": file.stat().st_size, "ends": _ends_hash(file)}
-                for file in self.files
-            ],
-        }
 
 
 def build_dataset(job: Job) -> None:
@@ -183,16 +122,6 @@ def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
             _complete(job, places, settings, results, table, kept, plan, workers)
 
 
-def processes(options: DatasetOptions, chunks: list[Chunk]) -> tuple[int, int]:
-    """How many worker processes, and how many threads in each."""
-    cores = options.num_workers or available_cores()
-    small = sum(chunk.size for chunk in chunks) < _ONE_PROCESS_BYTES
-    if small and options.num_workers is None:
-        return 1, cores
-    count = max(1, min(cores, len(chunks) // options.share()[1]))
-    return count, max(1, cores // count)
-
-
 def _tokenize(job: Job, places: Places, workers: Workers) -> None:
     """Tokenises what is not done of this machine's share."""
     from tqdm import tqdm
@@ -203,14 +132,41 @@ def _tokenize(job: Job, places: Places, workers: Workers) -> None:
     done = sum(chunk.size for _, chunk in own) - sum(chunk.size for _, chunk in tasks)
     total = sum(chunk.size for _, chunk in own)
     rejected = 0
-    with tqdm(
-        total=total, initial=done, desc="tokenize", unit="B", unit_scale=True, disable=None
-    ) as bar:
+    with (
+        tqdm(
+            total=total, initial=done, desc="tokenize", unit="B", unit_scale=True, disable=None
+        ) as bar,
+        _tokens_beside(bar, places.spool),
+    ):
         for chunk, found in workers.run("tokenize", tasks):
             rejected += sum(found.rejected.values())
             bar.update(chunk.size)
             if rejected:
-                bar.set_postfix(rejected=rejected)
+                bar.set_description(f"tokenize ({rejected} rejected)", refresh=False)
+
+
+@contextlib.contextmanager
+def _tokens_beside(bar: Any, spool: Path) -> Iterator[None]:
+    """Shows beside a progress bar, every second, how many tokens there are.
+
+    The bar itself only moves with a chunk, and a large compressed file is one.
+    """
+    ended = threading.Event()
+
+    def show() -> None:
+        while not ended.wait(1):
+            size = sum(path.stat().st_size for path in spool.glob("*.tokens"))
+            bar.set_postfix_str(f"{size / 4e6:,.1f}M tokens")
+
+    thread = threading.Thread(target=show, daemon=True)
+    if not bar.disable:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
 
 
 def _missing_chunks(job: Job, places: Places) -> list[int]:
@@ -358,11 +314,3 @@ def _is_complete(places: Places, settings: dict[str, Any]) -> bool:
     if not (places.arrow / MANIFEST_FILE).is_file():
         return False
     return read_manifest(places.arrow).settings == settings
-
-
-def _ends_hash(file: Path, size: int = 1 << 16) -> str:
-    """A hash of a file's first and last 64 KiB, by which a change is noticed."""
-    with file.open("rb") as stream:
-        head = stream.read(size)
-        stream.seek(max(0, file.stat().st_size - size))
-        return hashlib.sha256(head + stream.read(size)).hexdigest()[:16]

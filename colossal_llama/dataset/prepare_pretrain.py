@@ -9,9 +9,10 @@ from typing import Any
 
 from colossal_llama.command import option
 from colossal_llama.dataset.backend import BACKENDS
-from colossal_llama.dataset.build import Job, build_dataset, processes
+from colossal_llama.dataset.build import build_dataset
 from colossal_llama.dataset.cleaning.cleaner import CleaningOptions, build_cleaner
 from colossal_llama.dataset.documents import PretrainDocuments
+from colossal_llama.dataset.job import Job, processes
 from colossal_llama.dataset.manifest import tokenizer_identity
 from colossal_llama.dataset.options import DatasetOptions
 from colossal_llama.dataset.records import DEFAULT_CATEGORY, pretrain_record
@@ -59,6 +60,7 @@ def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
         DataError: the input or the tokenizer cannot be used; no output is written.
     """
     from colossal_llama.dataset.backend import choose_backend
+    from colossal_llama.dataset.cleaning.near_duplicates import require_rensa
     from colossal_llama.dataset.tokenization import text_tokenizer
 
     files = input_files(options.data_input_dirs)
@@ -68,6 +70,8 @@ def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
         prepare_processes(_WORKER_MODULES)
     tokenizer = text_tokenizer(options.tokenizer_dir)
     cleaner = build_cleaner(options)
+    if options.deduplicate == "near":
+        require_rensa()
 
     def text_of(fields: dict[str, Any]) -> str:
         return pretrain_record(fields, options.txt_category).target
@@ -89,5 +93,6 @@ def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
             stages=cleaner.stages,
             whole_texts=whole_texts,
             deduplicate=options.deduplicate,
+            other_files=options.cleaning_files(),
         )
     )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama.command import option
-from colossal_llama.dataset.build import Job, build_dataset, processes
+from colossal_llama.dataset.build import build_dataset
 from colossal_llama.dataset.documents import SftDocuments
+from colossal_llama.dataset.job import Job, processes
 from colossal_llama.dataset.manifest import tokenizer_identity
 from colossal_llama.dataset.options import DatasetOptions
 from colossal_llama.dataset.sources import divide, input_files

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, TypeVar
 from colossal_llama.command import option
 from colossal_llama.dataset.records import PretrainRecord
 from colossal_llama.errors import UsageError
+from colossal_llama.storage import find_files
 from colossal_llama.tokenizer.unicode_scripts import is_script
 
 if TYPE_CHECKING:
@@ -85,6 +86,17 @@ class CleaningOptions:
             found.append("--max_characters must be at least 1 and at least --min_characters")
         found += _table(self.min_script_share, "--min_script_share", _script_share)[1]
         return found + _table(self.quality_rules, "--quality_rules", _rule_names)[1]
+
+    def cleaning_files(self) -> list[Path]:
+        """The files that stages read.
+
+        Raises:
+            DataError: one is missing.
+        """
+        from colossal_llama.dataset.cleaning.decontamination import EVALUATION_SUFFIXES
+
+        files = [self.blocklist_file] if self.blocklist_file else []
+        return files + find_files(self.decontaminate_files, EVALUATION_SUFFIXES)
 
 
 class Cleaner:

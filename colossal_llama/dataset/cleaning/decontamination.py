@@ -22,6 +22,7 @@ from colossal_llama.storage import find_files, read_jsonl, read_lines
 NGRAM = 13  # units; the largest N of Brown et al.
 SHORTEST = 8  # units; their smallest N, "due to spurious collisions at lower values"
 _LONGEST_EXCERPT = 80  # characters
+EVALUATION_SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
 
 
 class EvaluationTexts:
@@ -42,7 +43,7 @@ class EvaluationTexts:
         Raises:
             DataError: a file cannot be read, or none holds a text that is long enough.
         """
-        self._files = find_files(paths, (".jsonl", ".jsonl.gz", ".txt"))
+        self._files = find_files(paths, EVALUATION_SUFFIXES)
         self.ignored = 0
         grams: dict[int, list[np.ndarray]] = {}
         owners: dict[int, list[np.ndarray]] = {}
