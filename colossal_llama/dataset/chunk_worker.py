@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from colossal_llama.dataset.documents import DocumentKind, TokenBatch, text_hash
+from colossal_llama.dataset.documents import DocumentKind, TokenBatch
 from colossal_llama.dataset.layout import PartPlan
 from colossal_llama.dataset.manifest import ArrowFile, Part
+from colossal_llama.dataset.records import text_hash
 from colossal_llama.dataset.sources import Chunk, ChunkReader
 from colossal_llama.dataset.spool import (
     DOCUMENT_FIELDS,

@@ -5,7 +5,6 @@ An object of a kind is built in every worker process, from settings that can be 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -200,9 +199,3 @@ class SftDocuments:
             np.array([int(loss.argmax()) for loss in losses], dtype=np.int64),
             np.array([int(loss.sum()) for loss in losses], dtype=np.int64),
         )
-
-
-def text_hash(text: str) -> int:
-    """64 bits that are the same for the same text, everywhere (BLAKE2b)."""
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -19,10 +19,10 @@ _UNSPACED: tuple[tuple[str, ...], ...] = (
 )
 
 # Scripts that write without spaces between words: a space before one belongs to no word.
-_WITHOUT_SPACES = {
-    *("han", "hiragana", "katakana", "bopomofo", "yi", "tangut", "nushu"),
-    *("thai", "lao", "khmer", "myanmar", "tibetan", "javanese", "balinese", "tai_tham"),
-}
+WITHOUT_SPACES = (
+    *("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Tangut", "Nushu"),
+    *("Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese", "Balinese", "Tai_Tham"),
+)
 
 
 def is_script(name: str) -> bool:
@@ -66,8 +66,9 @@ def script_filter(scripts: Sequence[str]) -> ScriptFilter | None:
 
     if not scripts:
         return None
-    spaced = _letters(name for name in scripts if name.lower() not in _WITHOUT_SPACES)
-    others = _letters(name for name in scripts if name.lower() in _WITHOUT_SPACES)
+    without = {name.lower() for name in WITHOUT_SPACES}
+    spaced = _letters(name for name in scripts if name.lower() not in without)
+    others = _letters(name for name in scripts if name.lower() in without)
     marks = r"\p{Script=Inherited}"
     words = [
         f"{space}[{letters}][{letters}{marks}]*"

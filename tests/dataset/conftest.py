@@ -72,16 +72,14 @@ def tokenizer(tokenizer_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
-def corpus_texts(shared_data: Path) -> Callable[[str], list[str]]:
-    """The documents of a shared corpus: "zh", "en" or "code"."""
-
-    def read(name: str) -> list[str]:
-        with gzip.open(
-            shared_data / "corpora" / f"{name}.jsonl.gz", "rt", encoding="utf-8"
-        ) as file:
-            return [json.loads(line)["target"] for line in file]
-
-    return read
+def corpora(shared_data: Path) -> dict[str, list[str]]:
+    """The documents of the shared corpora: zh, en and code."""
+    found = {}
+    for name in ("zh", "en", "code"):
+        path = shared_data / "corpora" / f"{name}.jsonl.gz"
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            found[name] = [json.loads(line)["target"] for line in stream]
+    return found
 
 
 @pytest.fixture

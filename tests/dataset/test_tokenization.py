@@ -11,8 +11,8 @@ import pytest
 
 from colossal_llama.dataset.backend import choose_backend
 from colossal_llama.dataset.cleaning.cleaner import CleaningOptions
-from colossal_llama.dataset.documents import PretrainDocuments, text_hash
-from colossal_llama.dataset.records import PretrainRecord
+from colossal_llama.dataset.documents import PretrainDocuments
+from colossal_llama.dataset.records import PretrainRecord, text_hash
 from colossal_llama.dataset.sources import divide
 from colossal_llama.dataset.spool import ids_and_labels, with_loss_mask
 from colossal_llama.dataset.tokenization import (
@@ -206,12 +206,12 @@ def test_a_missing_gigatoken_is_said(tokenizer_dir, write_lines, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_real_text_with_real_tokenizers(shared_data, corpus_texts, backend):
+def test_real_text_with_real_tokenizers(shared_data, corpora, backend):
     """Identical ids to transformers' on every document of the shared corpora."""
     directory = shared_data / "tokenizers" / "llama2"
     tokenizer = copy.deepcopy(load_tokenizer(directory))
     tokenizer.backend_tokenizer.encode_special_tokens = True
-    texts = corpus_texts("code")[:60] + corpus_texts("zh")[:60] + corpus_texts("en")[:60]
+    texts = corpora["code"][:60] + corpora["zh"][:60] + corpora["en"][:60]
     expected = tokenizer(texts, add_special_tokens=False).input_ids
     ids, lengths = BACKENDS[backend](text_tokenizer(directory).json)(texts)
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected

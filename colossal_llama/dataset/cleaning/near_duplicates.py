@@ -15,13 +15,13 @@ or through others, the first is kept.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from colossal_llama.dataset.cleaning.units import TextUnits, mix, ngrams
+from colossal_llama.dataset.records import text_hash
 from colossal_llama.errors import DataError
 
 NGRAM = 5  # units
@@ -62,12 +62,6 @@ def require_rensa() -> Any:
             "near-duplicates are found with rensa, which is not installed: pip install rensa"
         ) from None
     return RMinHash.digest_matrix_from_flat_token_hashes
-
-
-def text_hash(text: str) -> int:
-    """64 bits of BLAKE2b of the text, for documents that are exactly equal."""
-    data = text.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def first_of_each(bands: Iterable[np.ndarray]) -> np.ndarray:

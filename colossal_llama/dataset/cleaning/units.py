@@ -16,15 +16,12 @@ from functools import cache, cached_property
 
 import numpy as np
 
+from colossal_llama.tokenizer.unicode_scripts import WITHOUT_SPACES
+
 # What a character is: bits of an entry of the table of all characters.
 UNIT, ALONE, LETTER, SPACE, HANGUL, UNENDING = 1, 2, 4, 8, 16, 32
 
-# As in tokenizer/unicode_scripts.py: scripts that write without spaces between words.
-WITHOUT_SPACES = (
-    *("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Tangut", "Nushu"),
-    *("Thai", "Lao", "Khmer", "Myanmar", "Tibetan", "Javanese", "Balinese", "Tai_Tham"),
-)
-# Of these, the ones that have no mark for the end of a sentence.
+# Scripts without spaces between words that have no mark for the end of a sentence either.
 _WITHOUT_STOPS = ("Thai", "Lao", "Tibetan")
 
 _CHARACTERS = 0x110000

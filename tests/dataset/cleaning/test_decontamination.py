@@ -26,9 +26,8 @@ def runs(text, n=13):
 
 
 @pytest.fixture(scope="session", params=["zh", "en"])
-def corpus(request, shared_data):
-    with gzip.open(shared_data / "corpora" / f"{request.param}.jsonl.gz", "rt") as stream:
-        return [json.loads(line)["target"] for line in stream]
+def corpus(request, corpora):
+    return corpora[request.param]
 
 
 def test_real_documents_are_those_that_share_13_units(corpus, write_lines):

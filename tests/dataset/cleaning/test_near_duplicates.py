@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
 
 import numpy as np
@@ -18,24 +16,15 @@ from colossal_llama.dataset.cleaning.near_duplicates import (
     band_hashes,
     first_of_each,
     first_of_equal,
-    text_hash,
 )
 from colossal_llama.dataset.cleaning.units import TextUnits
+from colossal_llama.dataset.records import text_hash
 from colossal_llama.errors import DataError
 
 
 @pytest.fixture(autouse=True)
 def _needs_rensa():
     pytest.importorskip("rensa")
-
-
-@pytest.fixture(scope="session")
-def corpora(shared_data):
-    found = {}
-    for name in ("zh", "en", "code"):
-        with gzip.open(shared_data / "corpora" / f"{name}.jsonl.gz", "rt") as stream:
-            found[name] = [json.loads(line)["target"] for line in stream]
-    return found
 
 
 def cut(text):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
 import time
 from collections import Counter
 
@@ -244,15 +242,6 @@ def test_korean_has_short_words():
     syllables = ["".join(chr(c) for c in rng.integers(0xAC00, 0xD7A3, 2)) for _ in range(60)]
     assert gopher(TextUnits(" ".join(syllables))) is None
     assert gopher(TextUnits(" ".join(words(60, 2)))).startswith("mean word length")
-
-
-@pytest.fixture(scope="session")
-def corpora(shared_data):
-    found = {}
-    for name in ("zh", "en", "code"):
-        with gzip.open(shared_data / "corpora" / f"{name}.jsonl.gz", "rt") as stream:
-            found[name] = [json.loads(line)["target"] for line in stream]
-    return found
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import subprocess
 import sys
@@ -14,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from colossal_llama.dataset.cleaning.units import (
-    WITHOUT_SPACES,
     HashIndex,
     TextUnits,
     mix,
     ngrams,
     script_table,
 )
-from colossal_llama.tokenizer import unicode_scripts
+from colossal_llama.tokenizer.unicode_scripts import WITHOUT_SPACES
 
 ALONE = "".join(rf"\p{{Script={name}}}\p{{Script_Extensions={name}}}" for name in WITHOUT_SPACES)
 INSIDE = r"[\p{L}\p{M}\p{N}--[\uFE00-\uFE0F\U000E0100-\U000E01EF]]"
@@ -37,9 +35,8 @@ def cut(text):
 
 
 @pytest.fixture(scope="session", params=["zh", "en", "code"])
-def corpus(request, shared_data):
-    with gzip.open(shared_data / "corpora" / f"{request.param}.jsonl.gz", "rt") as stream:
-        return [json.loads(line)["target"] for line in stream][:120]
+def corpus(request, corpora):
+    return corpora[request.param][:120]
 
 
 @given(MIXED | st.text(max_size=60))
@@ -116,10 +113,6 @@ def test_index_finds_what_a_dict_finds(kept, asked, mixed):
     index = HashIndex(kept, np.arange(len(kept)))
     assert index.find(asked) == expected
     assert len(index) == len(owners)
-
-
-def test_scripts_without_spaces_are_those_of_the_tokenizers():
-    assert {name.lower() for name in WITHOUT_SPACES} == unicode_scripts._WITHOUT_SPACES
 
 
 def test_unspaced_is_a_matter_of_more_than_half_of_the_units():
