@@ -43,8 +43,8 @@ _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
 # What a user can mend: a path, a right, a disk. A full disk often has no path to name.
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_MENDABLE = _FULL | {
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MENDABLE = FULL | {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 }
@@ -111,7 +111,7 @@ def run(
 
 
 def _is_mendable(error: OSError) -> bool:
-    return error.errno in _FULL or (error.errno in _MENDABLE and error.filename is not None)
+    return error.errno in FULL or (error.errno in _MENDABLE and error.filename is not None)
 
 
 def parse(

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama import command
 from colossal_llama.dataset.chunk_worker import ChunkWorker
 from colossal_llama.dataset.job import Job, processes
 from colossal_llama.dataset.layout import LayoutOptions, Plan, plan_parts
@@ -36,7 +38,7 @@ from colossal_llama.dataset.spool import ChunkFiles
 from colossal_llama.dataset.summary import summary
 from colossal_llama.dataset.workers import Workers
 from colossal_llama.dataset.workspace import Places, hold_completion, open_workspace
-from colossal_llama.errors import DataError
+from colossal_llama.errors import ColossalLlamaError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,6 +76,13 @@ def build_dataset(job: Job) -> None:
             _run(job, places, settings)
         except RejectedError:
             raise
+        except OSError as error:
+            if error.errno not in command.FULL:
+                raise
+            raise ColossalLlamaError(
+                f"{places.arrow} and {places.work}: {os.strerror(error.errno)}; what is done is "
+                "kept: make room there, and give --resume"
+            ) from None
         except DataError:
             if options.shard is None:
                 places.discard()

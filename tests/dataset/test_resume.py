@@ -252,7 +252,10 @@ def test_a_full_disk_gives_one_line_and_no_output(tmp_path, data, tokenizer_dir,
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert "File too large" in errors[0]
+    assert f"{tmp_path / 'out'} and" in errors[0]
+    assert errors[0].endswith(
+        "File too large; what is done is kept: make room there, and give --resume"
+    )
     assert not (tmp_path / "out").exists()
     # With room, it goes on.
     assert (
