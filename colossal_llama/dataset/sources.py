@@ -27,6 +27,7 @@ SUFFIXES = (*_PLAIN, *_COMPRESSED, ".parquet")
 
 # A longer one is hardly a document, and would set the memory that a worker needs.
 MAX_RECORD_BYTES = 16 << 20
+_TOO_LONG = "longer than 16 MiB"
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK, _CHUNKS_AIMED_AT = 1 << 20, 64 << 20, 1024
 _PARQUET_ROWS = 1024
@@ -127,16 +128,18 @@ class ChunkReader:
                     error.text = line[:_QUOTED_BYTES].decode("utf-8", "replace").strip()
                     yield self.lines, error
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _rows(self) -> Iterator[tuple[int, dict[str, Any] | RecordError]]:
         with _parquet_errors(self.chunk.path):
             import pyarrow.parquet
 
             file = pyarrow.parquet.ParquetFile(self.chunk.path)
             groups = range(self.chunk.start, self.chunk.stop or file.num_row_groups)
             for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups):
-                for fields in batch.to_pylist():
+                for row in batch.to_pylist():
                     self.lines += 1
-                    yield self.lines, {k: v for k, v in fields.items() if v is not None}
+                    fields = {name: value for name, value in row.items() if value is not None}
+                    long = any(len(v) > MAX_RECORD_BYTES for v in fields.values() if type(v) is str)
+                    yield self.lines, RecordError(_TOO_LONG) if long else fields
 
     def _raw_lines(self) -> Iterator[bytes | RecordError]:
         """Lines with their ends; one that is too long is read over and comes as an error."""
@@ -151,7 +154,7 @@ class ChunkReader:
                 position += len(line)
                 if len(line) > limit:
                     position += _skip_line(stream, line, whole=self._whole)
-                    yield RecordError(f"longer than {limit >> 20} MiB")
+                    yield RecordError(_TOO_LONG)
                     continue
                 if chunk.start == 0 and self.lines == 0:
                     line = line.removeprefix(codecs.BOM_UTF8)

@@ -51,9 +51,15 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._executor is None:
+            return
+        if kind is not None:
+            # Whoever interrupts does not want to wait for chunks to end. (``kill_workers`` of
+            # Python 3.14; what a worker leaves is complete or will be done again.)
+            for process in list((self._executor._processes or {}).values()):
+                process.kill()
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
         """Lets the processes end, without waiting until they have."""

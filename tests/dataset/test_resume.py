@@ -221,6 +221,7 @@ def test_machines_work_at_the_same_time(tmp_path, data, tokenizer_dir, whole):
         running = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for command in commands]
         assert [process.wait() for process in running] == [0, 0]
     assert tree(tmp_path / "out") == whole
+    assert leftovers(tmp_path) == []
 
 
 def test_two_runs_do_not_write_one_output(tmp_path, data, tokenizer_dir, capsys):

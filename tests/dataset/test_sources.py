@@ -104,7 +104,7 @@ def test_an_endless_line_is_passed_over(tmp_path, suffix, monkeypatch):
     good = json.dumps(GOOD).encode() + b"\n"
     long = b'{"text": "' + b"a" * (5 << 20) + b'"}\n'
     path = compress(good + long + good, tmp_path / f"a.jsonl{suffix}")
-    assert records(path) == [(1, GOOD), (2, "longer than 1 MiB"), (3, GOOD)]
+    assert records(path) == [(1, GOOD), (2, "longer than 16 MiB"), (3, GOOD)]
 
 
 def test_texts_are_lines_or_files(tmp_path):
@@ -115,7 +115,7 @@ def test_texts_are_lines_or_files(tmp_path):
     assert divide([path], whole_texts=True)[0].stop is None
 
 
-def test_parquet_rows(tmp_path):
+def test_parquet_rows(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     rows = [{"text": f"t{n}", "category": None if n % 2 else "c", "more": [n]} for n in range(10)]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
@@ -125,6 +125,8 @@ def test_parquet_rows(tmp_path):
     assert records(path) == expected
     chunks = [Chunk(0, path, start, start + 2) for start in (0, 2)]
     assert [f for chunk in chunks for _, f in ChunkReader(chunk)] == [f for _, f in expected]
+    monkeypatch.setattr(sources, "MAX_RECORD_BYTES", 1)
+    assert {fields for _, fields in records(path)} == {"longer than 16 MiB"}
     path.write_bytes(path.read_bytes()[:-20])
     for read in (lambda: records(path), lambda: divide([path])):
         with pytest.raises(DataError, match="not a Parquet file"):
