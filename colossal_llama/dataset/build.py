@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,9 @@ def build_dataset(job: Job) -> None:
         try:
             _run(job, places, settings)
         except RejectedError:
+            raise
+        except KeyboardInterrupt:
+            print(f"what is done is kept in {places.work}: --resume goes on", file=sys.stderr)
             raise
         except OSError as error:
             if error.errno not in command.FULL:
