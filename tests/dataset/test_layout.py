@@ -131,6 +131,19 @@ def test_a_mix_repeats_whole_epochs_in_other_bins():
         assert len(tokens) - len(set(tokens)) <= 64
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_bins_are_alike(packing):
+    """Packing puts full rows and long documents first; they must not all be in the first bin."""
+    generator = np.random.default_rng(0)
+    lengths = np.where(generator.random(900) < 0.3, 150, generator.integers(2, 30, 900))
+    documents = documents_of([(int(length), 0, 1) for length in lengths])
+    plan = plan_parts(documents, LayoutOptions(**SETTINGS | {"packing": packing}))
+    stretches = [len(part.lengths) / len(part.categories) for part in plan.parts]
+    assert max(stretches) < 1.5 * min(stretches)
+    longest = [(part.lengths == 64).mean() for part in plan.parts]
+    assert max(longest) < 2 * min(longest)
+
+
 def test_rows_are_shuffled_over_categories():
     documents = documents_of([(64, 0, n % 3) for n in range(90)])
     plan = plan_parts(documents, LayoutOptions(**SETTINGS))

@@ -48,6 +48,7 @@ def data(tmp_path_factory, pretrain_lines) -> Path:
                 line["target"] = " ".join(words)
                 text = json.dumps(line, ensure_ascii=False)
                 stream.write(text[: generator.choice([9, *[None] * 40])] + "\n")
+                stream.write("\n" * generator.choice([0, 0, 1]))
     return directory
 
 
@@ -61,6 +62,22 @@ def whole(tmp_path_factory, data, tokenizer_dir) -> dict[str, bytes]:
     assert manifest.filtered["duplicate"] > 10
     assert manifest.filtered["length"] > 0
     return tree(output)
+
+
+def test_lists_name_the_lines_of_the_files(whole):
+    """Lines are counted in chunks, in which blank ones are no records."""
+    lines: dict[str, list[str]] = {}
+    entries = 0
+    for name in ("rejected.jsonl", "excluded/duplicate.jsonl", "excluded/length.jsonl"):
+        for entry in map(json.loads, whole[name].splitlines()):
+            path = entry["file"]
+            if path not in lines:
+                lines[path] = Path(path).read_text(encoding="utf-8").split("\n")
+            line = lines[path][entry["line"] - 1]
+            assert entry["record"] == (line if name == "rejected.jsonl" else json.loads(line))
+            entries += 1
+    assert len(lines) == 2
+    assert entries > 100
 
 
 @pytest.mark.parametrize("workers", [2, 5])
