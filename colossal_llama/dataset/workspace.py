@@ -106,6 +106,7 @@ class Places:
             replace_directory(self.staged_jsonl, self.jsonl)
         replace_directory(self.staged_arrow, self.arrow)
         shutil.rmtree(self.work)
+        self.rejected.unlink(missing_ok=True)  # of a run that ended with it
 
     def discard(self) -> None:
         """Removes whatever an earlier run left."""

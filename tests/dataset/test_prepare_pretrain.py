@@ -282,6 +282,7 @@ def test_too_many_bad_records_end_the_command(tmp_path, tokenizer_dir, write_lin
     assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
     assert read_manifest(tmp_path / "out").documents.accepted == 60
     assert leftovers(tmp_path) == []
+    assert not listing.exists()
 
 
 BAD_INPUTS = {
