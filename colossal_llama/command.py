@@ -46,7 +46,7 @@ _FALSE = {"false", "no", "off", "0"}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _MENDABLE = FULL | {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
-    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.ENAMETOOLONG),
 }
 
 

@@ -62,8 +62,9 @@ def build_dataset(job: Job) -> None:
         options.data_arrow_output_dir, options.data_jsonl_output_dir, options.data_cache_dir
     )
     settings = job.settings()
-    share, shares = options.share()
-    if shares > 1 and _is_complete(places, settings):
+    share, _ = options.share()
+    if (options.resume or options.shard) and _is_complete(places, settings):
+        places.discard()  # an interruption may have come when all was done but that
         print(f"{options.data_arrow_output_dir} is complete")
         return
     with open_workspace(
@@ -77,6 +78,12 @@ def build_dataset(job: Job) -> None:
             _run(job, places, settings)
         except RejectedError:
             raise
+        except FileNotFoundError:
+            # Whoever completes the output takes away what another machine may be reading.
+            if not (options.shard and _is_complete(places, settings)):
+                raise
+            places.discard()
+            print(f"{options.data_arrow_output_dir} is complete")
         except KeyboardInterrupt:
             print(f"what is done is kept in {places.work}: --resume goes on", file=sys.stderr)
             raise
@@ -128,6 +135,13 @@ def _run(job: Job, places: Places, settings: dict[str, Any]) -> None:
             raise DataError(
                 f"the input holds no document that could be kept ({why or 'it is empty'}); "
                 "give other input, or allow more"
+            )
+        absent = sorted(job.named_categories - set(results.category_names()))
+        if absent:
+            print(
+                f"note: no document that was kept has the category {', '.join(absent)}, for which "
+                f"a flag asks something; there are {', '.join(results.category_names())}",
+                file=sys.stderr,
             )
         plan = _plan(job, results, table, kept)
         _write_parts(job, places, plan, workers)

@@ -97,7 +97,8 @@ class ChunkWorker:
             for line, fields in ChunkReader(chunk, whole_texts=self._whole_texts):
                 if line in wanted:
                     assert not isinstance(fields, RecordError)
-                    _write_line(stream, {"line": line, "stage": "duplicate", "record": fields})
+                    entry = {"line": line, "stage": "duplicate", "reason": "like one before it"}
+                    _write_line(stream, {**entry, "record": fields})
         return number
 
     def write_part(self, plan: PartPlan, arrow: Path, jsonl: Path | None) -> tuple[str, Part]:
@@ -170,6 +171,7 @@ class _ChunkWriter:
         self._near_duplicates = near_duplicates
         self._streams = contextlib.ExitStack()
         self._side_files: dict[Path, TextIO] = {}
+        self._categories: dict[str, int] = {}
         self._rejected: Counter[str] = Counter()
         self._filtered: Counter[str] = Counter()
         self._batch: list[tuple[int, Any, str]] = []
@@ -232,16 +234,14 @@ class _ChunkWriter:
     def _table(self, lines: Any, records: Any, texts: Any, batch: TokenBatch) -> Any:
         import numpy as np
 
-        known = self.summary.categories
+        known = self._categories
         table = np.empty(len(lines), dtype=DOCUMENT_FIELDS)
         table["length"], table["line"] = batch.lengths, lines
         table["loss_start"], table["loss_tokens"] = batch.loss_start, batch.loss_tokens
         table["hash"] = [text_hash(text) for text in texts] if self._hash_texts else 0
         for index, record in enumerate(records):
             category = self._kind.category(record)
-            if category not in known:
-                known.append(category)
-            table["category"][index] = known.index(category)
+            table["category"][index] = known.setdefault(category, len(known))
         return table
 
     def _write_tables(self) -> None:
@@ -251,6 +251,7 @@ class _ChunkWriter:
         _save(self._files.documents, np.concatenate([empty, *self._tables]))
         if self._bands:
             _save(self._files.bands, np.stack(self._bands))
+        self.summary.categories = list(self._categories)
         self.summary.rejected = dict(self._rejected)
         self.summary.filtered = dict(self._filtered)
         self.summary.notes = dict(self._kind.notes)
@@ -275,8 +276,15 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _write_line(stream: TextIO, value: dict[str, Any]) -> None:
-    stream.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+    stream.write(_json(value) + "\n")
 
 
 def _quote(fields: Any) -> str:
-    return json.dumps(fields, ensure_ascii=False, default=str)[:400]
+    return _json(fields)[:400]
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # what could just be read may be nested too deep to be written
+        return json.dumps({**value, "record": "nested too deep"} if "line" in value else "")

@@ -5,7 +5,6 @@ An object of a kind is built in every worker process, from settings that can be 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -181,8 +180,8 @@ class SftDocuments:
         return admitted.record.category
 
     def text(self, admitted: _Conversation) -> str:
-        """The messages, as JSON."""
-        return json.dumps(admitted.record.messages, ensure_ascii=False)
+        """What is taught, as ids: of two conversations, the beginnings may be all that fits."""
+        return " ".join(map(str, admitted.encoded.input_ids))
 
     def encode(self, admitted: Sequence[_Conversation]) -> TokenBatch:
         """See ``DocumentKind``."""

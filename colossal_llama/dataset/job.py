@@ -43,6 +43,7 @@ class Job:
         whole_texts: a ``.txt`` file is one document.
         deduplicate: "none", "exact" or "near".
         other_files: what else is read, lists of words for example.
+        named_categories: those for which flags ask something.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Job:
     whole_texts: bool = False
     deduplicate: str = "none"
     other_files: list[Path] = field(default_factory=list)
+    named_categories: set[str] = field(default_factory=set)
 
     def settings(self) -> dict[str, Any]:
         """All on which the output depends, as plain values."""
@@ -65,6 +67,7 @@ class Job:
         return {
             **flags,
             "kind": self.kind,
+            "jsonl_copy": self.options.data_jsonl_output_dir is not None,
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "tokenizer_backend": self.backend,
             "chat_template": self.chat_template,

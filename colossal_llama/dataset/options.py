@@ -10,6 +10,7 @@ from colossal_llama.command import option
 from colossal_llama.dataset.selection import parse_mix
 
 _MOST_BINS = 100_000  # part-00000 to part-99999
+_LONGEST_ROW = 1 << 24
 
 
 @dataclass
@@ -66,8 +67,8 @@ class DatasetOptions:
         found = []
         if not self.data_input_dirs:
             found.append("--data_input_dirs names nothing")
-        if self.max_length < 2:
-            found.append("--max_length must be at least 2")
+        if not 2 <= self.max_length <= _LONGEST_ROW:
+            found.append(f"--max_length must be at least 2 and at most {_LONGEST_ROW:,}")
         if not 1 <= self.num_spliced_dataset_bins <= _MOST_BINS:
             found.append(f"--num_spliced_dataset_bins must be between 1 and {_MOST_BINS}")
         if not 0 <= self.validation_fraction < 1:
@@ -89,6 +90,10 @@ class DatasetOptions:
         number, total = map(int, self.shard.split("/"))
         return number - 1, total
 
+    def other_inputs(self) -> list[tuple[str, Path]]:
+        """Further files that a command reads, with their flags."""
+        return []
+
     def _shard_problems(self) -> list[str]:
         if self.shard is None:
             return []
@@ -108,6 +113,7 @@ class DatasetOptions:
             outputs["--data_jsonl_output_dir"] = self.data_jsonl_output_dir
         needed = [("--data_input_dirs", path) for path in self.data_input_dirs]
         needed += [("--tokenizer_dir", self.tokenizer_dir), *outputs.items()]
+        needed += self.other_inputs()
         if self.data_cache_dir:
             needed.append(("--data_cache_dir", self.data_cache_dir))
         return [

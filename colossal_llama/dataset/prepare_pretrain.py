@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from colossal_llama.command import option
@@ -52,6 +53,13 @@ class PretrainDatasetOptions(CleaningOptions, DatasetOptions):
         """What is wrong with the flags."""
         return [*DatasetOptions.problems(self), *self.cleaning_problems()]
 
+    def other_inputs(self) -> list[tuple[str, Path]]:
+        """The files of the cleaning stages."""
+        found = [("--decontaminate_files", path) for path in self.decontaminate_files]
+        if self.blocklist_file:
+            found.append(("--blocklist_file", self.blocklist_file))
+        return found
+
 
 def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
     """Runs the command.
@@ -94,5 +102,8 @@ def prepare_pretrain_dataset(options: PretrainDatasetOptions) -> None:
             whole_texts=whole_texts,
             deduplicate=options.deduplicate,
             other_files=options.cleaning_files(),
+            named_categories={
+                item.partition("=")[0] for item in options.quality_rules + options.min_script_share
+            },
         )
     )

@@ -53,8 +53,8 @@ def pretrain_record(
         category = text_field(fields, "category")
     if not target.strip():
         raise RecordError("target is empty")
-    if not category:
-        raise RecordError("category is empty")
+    if not category or not category.isprintable():
+        raise RecordError("category is empty, or no name that can be printed on a line")
     return PretrainRecord(source, target, category)
 
 

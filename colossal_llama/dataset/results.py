@@ -64,7 +64,8 @@ class Results:
         They are then written to ``listing``.
         """
         rejected = self.total("rejected")
-        if rejected.total() <= most * self.records:
+        allowed = int(most * self.records + 1e-9)  # 0.29 x 100 is 28.999...
+        if rejected.total() <= allowed:
             return
         with listing.open("w", encoding="utf-8") as stream:
             for entry in self.entries(".rejected.jsonl"):
@@ -78,7 +79,7 @@ class Results:
         more = f"; {len(rejected) - 5} reasons more" if len(rejected) > 5 else ""
         raise DataError(
             f"{rejected.total()} of {self.records} records are malformed, --max_rejected "
-            f"{most:g} allows {int(most * self.records)}: {'; '.join(reasons)}{more}. All are "
+            f"{most:g} allows {allowed}: {'; '.join(reasons)}{more}. All are "
             f"listed in {listing}; mend them, or give a larger --max_rejected and --resume"
         )
 
@@ -110,11 +111,11 @@ class Results:
         """The documents' table, ``DOCUMENT_FIELDS`` [documents]; categories count over all."""
         import numpy as np
 
-        names = self.category_names()
+        code_of = {name: code for code, name in enumerate(self.category_names())}
         tables = [np.empty(0, dtype=DOCUMENT_FIELDS)]
         for number, summary in enumerate(self.summaries):
             table = np.load(ChunkFiles(self.spool, number).documents)
-            codes = np.array([names.index(name) for name in summary.categories], dtype=np.int32)
+            codes = np.array([code_of[name] for name in summary.categories], dtype=np.int32)
             if len(table):
                 table["category"] = codes[table["category"]]
             tables.append(table)

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+_MOST_EPOCHS = 1000
+
+
 def parse_mix(items: list[str]) -> dict[str, float]:
     """``["zh=0.6", "en=0.4"]`` as shares by category.
 
@@ -56,7 +59,8 @@ def choose_validation(
     Args:
         hashes: of the documents' texts, uint64 [documents].
         categories: int [documents].
-        fraction: of the documents of a category, 0 to 1.
+        fraction: of the documents of a category, 0 to 1; those that come less than a text short
+            of it are taken.
         seed: of the choice.
 
     Returns:
@@ -68,11 +72,12 @@ def choose_validation(
     if fraction > 0:
         for category in np.unique(categories):
             texts, counts = np.unique(hashes[categories == category], return_counts=True)
-            order = seeded_order(len(texts), seed, "validation")
-            before = np.cumsum(counts[order]) - counts[order]
             wanted = max(1, round(fraction * int(counts.sum())))
-            taken = min(int((before < wanted).sum()), len(texts) - 1)
-            chosen.append(texts[order[:taken]])
+            order = seeded_order(len(texts), seed, "validation")
+            # A text that alone is more than is wanted would be most of the validation part.
+            order = order[counts[order] <= wanted]
+            taken = int((np.cumsum(counts[order]) <= wanted).sum())
+            chosen.append(texts[order[: min(taken, len(texts) - 1)]])
     return np.isin(hashes, np.concatenate(chosen))
 
 
@@ -93,11 +98,19 @@ def epochs_of(
 
     Returns:
         category -> epochs, each the indices of its documents, int64.
+
+    Raises:
+        DataError: a category would be taken absurdly often.
     """
     total = sum(int(values.sum()) for values in lengths.values())
     found: dict[str, list[np.ndarray]] = {}
     for name, values in lengths.items():
         target = total * shares[name] if shares else values.sum()
+        if target > _MOST_EPOCHS * values.sum():
+            raise DataError(
+                f"--mix: {name} has {int(values.sum()):,} tokens to train on, and would be taken "
+                f"more than {_MOST_EPOCHS} times to be a share of {shares[name]:g}; give it less"
+            )
         found[name] = []
         while target > 0 and values.sum() > 0:
             order = seeded_order(len(values), seed, "documents", name, len(found[name]))

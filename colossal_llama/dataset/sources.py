@@ -25,6 +25,9 @@ _PLAIN = (".jsonl", ".txt")
 _COMPRESSED = tuple(f"{plain}{packed}" for plain in _PLAIN for packed in (".gz", ".zst"))
 SUFFIXES = (*_PLAIN, *_COMPRESSED, ".parquet")
 
+# What any kind of record is made from; other columns of a table are not read.
+FIELDS = ("source", "target", "text", "category", "messages", "conversations", "system")
+
 # A longer one is hardly a document, and would set the memory that a worker needs.
 MAX_RECORD_BYTES = 16 << 20
 _TOO_LONG = "longer than 16 MiB"
@@ -134,7 +137,8 @@ class ChunkReader:
 
             file = pyarrow.parquet.ParquetFile(self.chunk.path)
             groups = range(self.chunk.start, self.chunk.stop or file.num_row_groups)
-            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups):
+            columns = [name for name in file.schema_arrow.names if name in FIELDS]
+            for batch in file.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=columns):
                 for row in batch.to_pylist():
                     self.lines += 1
                     fields = {name: value for name, value in row.items() if value is not None}
@@ -263,6 +267,6 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: not a Parquet file that can be read: {reason}") from None

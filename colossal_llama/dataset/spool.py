@@ -108,15 +108,28 @@ class ChunkFiles:
         if summary is None:
             return False
         try:
-            crc = zlib.crc32(self.tokens.read_bytes())
-            return crc == summary.crc and len(np.load(self.documents)) == summary.documents
+            return (
+                _crc(self.tokens) == summary.crc
+                and len(np.load(self.documents)) == summary.documents
+            )
         except (OSError, ValueError, EOFError):
             return False
 
     def remove(self) -> None:
         """Deletes what a run that did not finish the chunk has left."""
+        if not self.tokens.exists():  # written first; there may be a hundred thousand chunks
+            return
         for path in self._stem.parent.glob(f"{self._stem.name}.*"):
             path.unlink()
+
+
+def _crc(path: Path) -> int:
+    """CRC-32 of a file, which may be larger than memory."""
+    crc = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
 
 
 def with_loss_mask(ids: np.ndarray, loss: np.ndarray) -> np.ndarray:

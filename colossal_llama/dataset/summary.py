@@ -9,7 +9,7 @@ from colossal_llama.dataset.manifest import CategoryCount, Manifest
 
 _NOTES = {
     "shortened": "conversations shortened to --max_length",
-    "unanswered": "conversations cut after their last answer",
+    "unanswered": "messages at the end of conversations that nobody answers, left out",
     "empty_turns": "empty turns left out",
     "normalized": "documents changed by normalisation",
 }
@@ -51,7 +51,8 @@ def _remarks(manifest: Manifest, total: CategoryCount) -> list[str]:
         written = sum(part.tokens for part in manifest.parts.values())
         for name, count in manifest.categories.items():
             share = (count.training_tokens - count.tokens_without_loss) / max(1, written)
-            found.append(f"mix: {name} {share:.1%}, taken {count.epochs:.2f} times")
+            often = " (over four times gains little)" if count.epochs > 4 else ""
+            found.append(f"mix: {name} {share:.1%}, taken {count.epochs:.2f} times{often}")
     if total.tokens_without_loss:
         found.append(f"{total.tokens_without_loss:,} tokens are in rows without loss: not written")
     if manifest.documents.rejected:

@@ -48,14 +48,25 @@ def load_tokenizer(directory: Path) -> Any:
 
 @contextmanager
 def text_only(tokenizer: Any) -> Iterator[Any]:
-    """Yields the backend in the mode in which ``</s>`` in a text is five characters, not eos."""
+    """Yields the backend in the mode in which ``</s>`` in a text is five characters, not eos.
+
+    Nor is a text cut or padded, for which a ``tokenizer.json`` may have settings: transformers
+    saves those of the last call.
+    """
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens
+    truncation, padding = backend.truncation, backend.padding
     backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
     try:
         yield backend
     finally:
         backend.encode_special_tokens = before
+        if truncation:
+            backend.enable_truncation(**truncation)
+        if padding:
+            backend.enable_padding(**padding)
 
 
 class TextTokenizer(NamedTuple):
@@ -75,7 +86,10 @@ def text_tokenizer(directory: Path) -> TextTokenizer:
     Raises:
         DataError: see ``load_tokenizer``.
     """
-    plain = _plain_tokenizer(directory)
+    try:
+        plain = _plain_tokenizer(directory)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        plain = None  # files of another shape are for transformers to judge
     if plain is not None:
         return plain
     loaded = load_tokenizer(directory)

@@ -13,11 +13,12 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from colossal_llama.dataset.manifest import ArrowFile, Part
 from colossal_llama.errors import DataError
@@ -49,13 +50,13 @@ class Places:
     @classmethod
     def of(cls, arrow: Path, jsonl: Path | None, cache: Path | None) -> Places:
         """The places of a run; those of the same output are always the same."""
-        arrow = Path(arrow.absolute())
+        # Resolved: a link would be replaced, not followed, when the output takes its name.
+        arrow = Path(os.path.realpath(arrow))
+        jsonl = jsonl and Path(os.path.realpath(jsonl))
         name = f".{arrow.name}.work"
         if cache is not None:
             name = f"{arrow.name}-{hashlib.sha256(str(arrow).encode()).hexdigest()[:8]}.work"
-        return cls(
-            arrow, jsonl and Path(jsonl.absolute()), (cache or arrow.parent).absolute() / name
-        )
+        return cls(arrow, jsonl, (cache or arrow.parent).absolute() / name)
 
     @property
     def spool(self) -> Path:
@@ -74,8 +75,11 @@ class Places:
 
     @property
     def rejected(self) -> Path:
-        """Where malformed records are listed if there are too many of them for an output."""
-        return self.arrow.with_name(f"{self.arrow.name}-rejected.jsonl")
+        """Where malformed records are listed if there are too many of them for an output.
+
+        No name that would be read as input, where input and output lie side by side.
+        """
+        return self.arrow.with_name(f"{self.arrow.name}-rejected.log")
 
     def note_part(self, name: str, part: Part) -> None:
         """Remembers that a part is written."""
@@ -136,24 +140,40 @@ def open_workspace(
         DataError: an output exists; something was left of an interrupted run, or another run is
             at work; names the directory.
     """
-    for target in filter(None, (places.arrow, places.jsonl)):
+    interrupted = resume and (places.work / SETTINGS_FILE).is_file()
+    # An interruption may have come between the two outputs' taking their names.
+    for target in filter(None, (places.arrow, None if interrupted else places.jsonl)):
         refuse_existing(target, overwrite=overwrite)
-    if share is None:
-        with _lock(places.work, "run"):
-            _prepare(places, settings, resume=resume, overwrite=overwrite)
-            yield
-        return
-    with _lock(places.work, f"share-{share}"):
-        with _lock(places.work, "settings", wait=True):
-            _prepare(places, settings, resume=True, overwrite=False)
-        yield
+        if os.path.ismount(target):
+            raise DataError(f"{target} is a mount point, which cannot be replaced; use one in it")
+    lock = places.arrow.with_name(f".{places.arrow.name}.lock")
+    with _lock(lock, shared=share is not None):
+        try:
+            if share is None:
+                _prepare(places, settings, resume=resume, overwrite=overwrite, shared=False)
+                yield
+                return
+            with _lock(places.work / f"share-{share}.lock"):
+                with _lock(places.work / "settings.lock", wait=True):
+                    _prepare(places, settings, resume=True, overwrite=False, shared=True)
+                yield
+        finally:
+            if not places.work.exists():
+                lock.unlink(missing_ok=True)
 
 
-def _prepare(places: Places, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+def _prepare(
+    places: Places, settings: dict[str, Any], *, resume: bool, overwrite: bool, shared: bool
+) -> None:
     path = places.work / SETTINGS_FILE
     if path.is_file():
         # Through JSON: what was written must compare equal to what will be.
         changed = _differences(read_json(path), json.loads(json.dumps(settings)))
+        if shared and changed:
+            raise DataError(
+                f"{places.work} is of shares with other settings ({', '.join(changed)}); give "
+                f"the same again, or remove it and {places.staged_arrow} to start anew"
+            )
         if resume and changed:
             raise DataError(
                 f"{places.work} is of a run with other settings ({', '.join(changed)}); give "
@@ -166,6 +186,8 @@ def _prepare(places: Places, settings: dict[str, Any], *, resume: bool, overwrit
             )
         if not resume:
             _clear(places)
+    else:  # what is staged without settings is of who knows what
+        _clear(places)
     for directory in (places.spool, places.staged_arrow, places.staged_jsonl):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -183,7 +205,7 @@ def _clear(places: Places) -> None:
     ):
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
-    (places.work / SETTINGS_FILE).unlink()
+    (places.work / SETTINGS_FILE).unlink(missing_ok=True)
 
 
 def _differences(old: Any, new: dict[str, Any]) -> list[str]:
@@ -194,17 +216,20 @@ def _differences(old: Any, new: dict[str, Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _lock(directory: Path, name: str, *, wait: bool = False) -> Iterator[TextIO]:
-    """Holds ``directory/name.lock``; it is let go even if this process is killed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / f"{name}.lock").open("a") as stream:
+def _lock(path: Path, *, wait: bool = False, shared: bool = False) -> Iterator[None]:
+    """Holds the lock ``path``; it is let go even if this process is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with path.open("a") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(stream, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise DataError(f"{directory}: another process is at work there; wait for it") from None
-        yield stream
+            raise DataError(
+                f"{path.parent}: another process is at work there ({path.name}); wait for it"
+            ) from None
+        yield
 
 
-def hold_completion(places: Places) -> contextlib.AbstractContextManager[TextIO]:
-    """The lock under which the last machine completes the output."""
-    return _lock(places.work, "completion")
+def hold_completion(places: Places) -> contextlib.AbstractContextManager[None]:
+    """The lock under which the last machine completes the output; waits for it."""
+    return _lock(places.work / "completion.lock", wait=True)

@@ -268,7 +268,7 @@ def test_too_many_bad_records_end_the_command(tmp_path, tokenizer_dir, write_lin
     assert printed.startswith("error: 5 of 65 records are malformed, --max_rejected 0.01 allows 0")
     assert f"3 x target must be a string, found int ({data}:63)" in printed
     assert not (tmp_path / "out").exists()
-    listing = tmp_path / "out-rejected.jsonl"
+    listing = tmp_path / "out-rejected.log"
     assert str(listing) in printed
     assert [json.loads(line)["line"] for line in listing.open(encoding="utf-8")] == [
         61,

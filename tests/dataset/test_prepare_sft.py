@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from colossal_llama.dataset.chat.chat_format import DEFAULT_TEMPLATE, encode_conversation
 from colossal_llama.dataset.loader import open_parts
 from colossal_llama.dataset.manifest import read_manifest
+from colossal_llama.dataset.tokenization import load_tokenizer
 from colossal_llama.dataset.writer import IGNORE_INDEX
 from tests.dataset.preparing import leftovers, run_script, stretches_of, training_parts, tree
 from tests.dataset.preparing import prepare as prepare_dataset
@@ -113,6 +115,35 @@ def test_what_was_left_out_is_said(tmp_path, tokenizer_dir, write_lines, capsys)
     printed = capsys.readouterr().out
     assert "1 document excluded, see excluded/too_long.jsonl" in printed
     assert "1 conversations shortened to --max_length" in printed
+
+
+def test_a_tokenizer_that_was_saved_to_cut_and_pad_does_not(
+    tmp_path, tokenizer, tokenizer_dir, write_lines, conversations
+):
+    """transformers writes the settings of its last call into tokenizer.json."""
+    cutting = shutil.copytree(tokenizer_dir, tmp_path / "cutting")
+    saved = load_tokenizer(cutting)
+    saved.backend_tokenizer.enable_truncation(max_length=16)
+    saved.backend_tokenizer.enable_padding(length=64)
+    saved.save_pretrained(cutting)
+    assert json.loads((cutting / "tokenizer.json").read_text(encoding="utf-8"))["truncation"]
+    data = write_lines([{"messages": messages} for messages in conversations])
+    assert prepare(data, cutting, tmp_path / "out") == 0
+    assert sorted(rows_of(tmp_path / "out")) == sorted(expected_rows(tokenizer, conversations))
+
+
+def test_validation_is_by_what_is_taught(tmp_path, tokenizer_dir, write_lines, english):
+    """Branches of one conversation may have the same beginning, which is all that fits."""
+    lines = []
+    for text in english[:20]:
+        start = talk(text[:30], text[30:60])
+        lines += [start, [*start, *talk("And?")], [*start, *talk("word " * 300, "word " * 300)]]
+    data = write_lines([{"messages": messages} for messages in lines])
+    flags = {"max_length": 300, "validation_fraction": 0.3}
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    held_out = stretches_of([tmp_path / "out" / "validation"])
+    assert held_out.total() >= 15
+    assert not set(held_out) & set(stretches_of(training_parts(tmp_path / "out")))
 
 
 def test_a_conversation_without_an_answer_is_rejected(tmp_path, tokenizer_dir, write_lines, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -205,6 +206,34 @@ def test_damaged_chunks_are_done_again(interrupted, data, tokenizer_dir, whole):
     assert tree(interrupted) == whole
 
 
+def test_a_resumed_run_that_is_complete_says_so(tmp_path, data, tokenizer_dir, whole, capsys):
+    for _ in range(2):
+        assert prepare(data, tokenizer_dir, tmp_path / "out", resume=True, **FLAGS) == 0
+        (tmp_path / ".out.work").mkdir(exist_ok=True)  # as if killed before it was removed
+    assert "out is complete" in capsys.readouterr().out
+    assert prepare(data, tokenizer_dir, tmp_path / "out", resume=True, **FLAGS) == 0
+    assert tree(tmp_path / "out") == whole
+    assert leftovers(tmp_path) == []
+
+
+def test_parts_of_unknown_origin_are_not_taken_over(tmp_path, data, tokenizer_dir, whole):
+    """The temporary files are gone, from a scratch disk for one, but staged parts are there."""
+    for name in ("part-00000", "part-00077", "excluded"):
+        (tmp_path / ".out.staging" / name).mkdir(parents=True)
+        (tmp_path / ".out.staging" / name / "old").write_text("old", encoding="utf-8")
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **FLAGS) == 0
+    assert tree(tmp_path / "out") == whole
+
+
+def test_an_output_that_is_a_link_is_written_where_it_leads(tmp_path, data, tokenizer_dir, whole):
+    (tmp_path / "disk" / "data").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "data")
+    assert prepare(data, tokenizer_dir, tmp_path / "out", **FLAGS) == 0
+    assert (tmp_path / "out").is_symlink()
+    assert tree(tmp_path / "disk" / "data") == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
 def test_a_changed_input_is_noticed(interrupted, data, tokenizer_dir, tmp_path, capsys):
     copy = shutil.copytree(data, tmp_path / "copy")
     text = (copy / "a.jsonl").read_bytes()
@@ -239,6 +268,40 @@ def test_machines_work_at_the_same_time(tmp_path, data, tokenizer_dir, whole):
         assert [process.wait() for process in running] == [0, 0]
     assert tree(tmp_path / "out") == whole
     assert leftovers(tmp_path) == []
+
+
+def test_whichever_machine_comes_last_completes(tmp_path, data, tokenizer_dir, whole):
+    """Both are done but for the manifest; one holds the lock for a while, then gives up."""
+    for share in ("1/2", "2/2"):
+        flags = FLAGS | {"num_workers": 1, "shard": share}
+        assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 0
+    command = script(
+        "pretrain", *flags_of(data, tokenizer_dir, tmp_path / "out", shard="1/2", **FLAGS)
+    )
+    with (tmp_path / ".out.work" / "completion.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            time.sleep(4)
+            assert process.poll() is None
+            fcntl.flock(lock, fcntl.LOCK_UN)
+    assert process.returncode == 0
+    assert tree(tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize(("held", "shard"), [(fcntl.LOCK_SH, None), (fcntl.LOCK_EX, "1/2")])
+def test_shares_and_whole_runs_exclude_each_other(
+    tmp_path, data, tokenizer_dir, capsys, held, shard
+):
+    """Another directory for temporary files does not make it another output."""
+    with (tmp_path / ".out.lock").open("a") as lock:
+        fcntl.flock(lock, held)
+        flags = FLAGS | {"data_cache_dir": tmp_path / "cache"} | ({"shard": shard} if shard else {})
+        assert prepare(data, tokenizer_dir, tmp_path / "out", **flags) == 2
+        assert "another process is at work there (.out.lock)" in capsys.readouterr().err
+        assert not (tmp_path / "cache").exists()
+        assert not (tmp_path / ".out.staging").exists()
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        assert prepare(data, tokenizer_dir, tmp_path / "out", **FLAGS, shard="1/2") == 0
 
 
 def test_two_runs_do_not_write_one_output(tmp_path, data, tokenizer_dir, capsys):

@@ -77,6 +77,19 @@ def test_without_a_mix_all_is_taken_once_in_another_order_for_each_category():
     assert orders[0] != orders[1]
 
 
+def test_a_text_that_is_half_of_all_does_not_become_the_validation_part():
+    hashes = np.array([7] * 500 + list(range(1000, 1500)), dtype=np.uint64)
+    for seed in range(8):
+        chosen = choose_validation(hashes, np.zeros(1000, dtype=int), 0.2, seed)
+        assert chosen.sum() == 200
+
+
+def test_a_handful_of_tokens_is_not_repeated_for_ever():
+    lengths = {"big": np.full(100, 1000), "tiny": np.array([10])}
+    with pytest.raises(DataError, match=r"--mix: tiny has 10 tokens .*more than 1000 times"):
+        epochs_of(lengths, {"big": 0.5, "tiny": 0.5}, seed=1)
+
+
 def test_epochs_are_shuffled_anew_and_a_share_of_nothing_is_nothing():
     lengths = {"zh": np.full(40, 5), "en": np.full(120, 5)}
     epochs = epochs_of(lengths, {"zh": 1.0, "en": 0.0}, seed=1)

@@ -134,7 +134,7 @@ class ChatTemplate:
                 ):
                     blocks.append(block)
         # The last two are mistakes in a template, as None + "text" is.
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from None
         return "".join(blocks), places
 
