@@ -224,7 +224,6 @@ class _ChunkWriter:
         self.summary.crc = zlib.crc32(batch.tokens.data, self.summary.crc)
         self.summary.tokens += len(batch.tokens)
         self.summary.documents += len(records)
-        self.summary.text_bytes += sum(len(text.encode("utf-8")) for text in texts)
         self._tables.append(self._table(lines, records, texts, batch))
         if self._near_duplicates:
             from colossal_llama.dataset.cleaning.near_duplicates import band_hashes

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from colossal_llama.dataset.chat.conversations import Encoded
     from colossal_llama.dataset.cleaning.cleaner import CleaningOptions
-    from colossal_llama.dataset.tokenization import TextTokenizer
+    from colossal_llama.dataset.tokenization import Encoder, TextTokenizer
 
 Admitted = TypeVar("Admitted")
 
@@ -89,7 +89,7 @@ class PretrainDocuments:
         self._tokenizer = tokenizer
         self._clean = build_cleaner(cleaning)
         self._default_category = default_category
-        self._encode = (
+        self._encode: Encoder = (
             GigatokenEncoder(tokenizer.json, parallel=parallel)
             if backend == "gigatoken"
             else HuggingFaceEncoder(tokenizer.json)
@@ -105,7 +105,7 @@ class PretrainDocuments:
         if stage is not None:
             return Verdict(None, stage, self._clean.reason)
         if cleaned is not record:
-            self.notes["normalized"] += cleaned != record
+            self.notes["normalized"] += 1
         return Verdict(cleaned)
 
     def category(self, admitted: PretrainRecord) -> str:

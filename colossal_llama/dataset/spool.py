@@ -45,7 +45,6 @@ class ChunkSummary:
     records: int = 0
     documents: int = 0
     tokens: int = 0
-    text_bytes: int = 0
     crc: int = 0
     categories: list[str] = field(default_factory=list)
     rejected: dict[str, int] = field(default_factory=dict)
