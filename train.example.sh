@@ -26,6 +26,10 @@ SAVE_DIR="${PARENT_SAVE_DIR%/}/${FULL_PROJECT_NAME}"
 TENSORBOARD_DIR="${PARENT_TENSORBOARD_DIR%/}/${FULL_PROJECT_NAME}"
 CONFIG_FILE="${PARENT_CONFIG_FILE%/}/${FULL_PROJECT_NAME}.json"
 
+# A hostfile that cannot be used as it is ends the script here. (colossalai run would pass over
+# a blank line, and end with exit code 0 at a host that is there twice.)
+colossal-llama doctor --hostfile hostfile
+
 colossalai run --nproc_per_node "$NPROC_PER_NODE" --hostfile hostfile --master_port 30013 train.py \
     --pretrained "$PRETRAINED_MODEL_PATH" \
     --dataset "${dataset[@]}" \

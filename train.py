@@ -2,8 +2,7 @@
 
 import sys
 
-from colossal_llama import command
-from colossal_llama.training.train import TrainOptions, train
+from colossal_llama.training.train import main
 
 if __name__ == "__main__":
-    sys.exit(command.run(TrainOptions, train))
+    sys.exit(main())

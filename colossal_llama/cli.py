@@ -72,6 +72,18 @@ COMMANDS = {
         "train",
         "continue pretraining, or fine-tune (start it with a launcher)",
     ),
+    "plot": (
+        "training.plot",
+        "PlotOptions",
+        "plot",
+        "draw the curves of one or several runs",
+    ),
+    "estimate": (
+        "training.estimate",
+        "EstimateOptions",
+        "estimate",
+        "predict memory and checkpoint size of a run, without weights or GPU",
+    ),
     "inference": (
         "inference.generate",
         "GenerateOptions",
@@ -102,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _answer_unknown(arguments)
     module_name, options_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(f"colossal_llama.{module_name}")
-    return command.run(
-        getattr(module, options_name),
-        getattr(module, function_name),
-        arguments[words:],
-        prog=f"colossal-llama {name}",
-    )
+    prog = f"colossal-llama {name}"
+    # train has one: a recipe is more than one set of options.
+    if hasattr(module, "main"):
+        return module.main(arguments[words:], prog)
+    options_type, function = getattr(module, options_name), getattr(module, function_name)
+    return command.run(options_type, function, arguments[words:], prog)
 
 
 def usage(group: str = "") -> str:

@@ -13,9 +13,10 @@ The dataclass is the only place where a flag, its default, its help and its chec
     if __name__ == "__main__":
         sys.exit(run(CountOptions, count))
 
-Every field becomes ``--name``, or an argument without a flag if it is ``positional``. Every
-command also takes ``--config run.yaml``, a mapping from field names to values, which flags
-override. This module imports nothing heavy: ``--help`` has to answer at once.
+Every field becomes ``--name``, or an argument without a flag if it is ``positional``. Where there
+are many, ``SECTIONS: ClassVar[dict[str, str]]`` names the fields with which a section of ``--help``
+begins, and its title. Every command also takes ``--config run.yaml``, a mapping from field names to
+values, which flags override. This module imports nothing heavy: ``--help`` has to answer at once.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def option(
         names: further spellings, e.g. ``("-w", "--weight_decay")``.
         choices: the allowed values.
         comma: for list fields: one comma-separated value instead of several values.
-        positional: for a single value: given without a flag. ``--config`` knows it by its name.
+        positional: given without a flag, one value or, for a list field, all of them. ``--config``
+            knows it by its name.
     """
     metadata = {"help": help, "names": tuple(names), "choices": choices, "comma": comma}
     metadata["positional"] = positional
@@ -84,13 +86,18 @@ def run(
     argv: Sequence[str] | None = None,
     prog: str | None = None,
 ) -> int:
-    """Parses ``argv`` into ``options_type`` and calls ``function`` with it.
+    """Parses ``argv`` into ``options_type`` and calls ``function`` with it; see ``exit_code``."""
+    return exit_code(lambda: function(parse(options_type, argv, prog)))
+
+
+def exit_code(function: Callable[[], int | None]) -> int:
+    """Calls ``function`` and turns what it raises into what a command prints.
 
     Returns the exit code: what ``function`` returned (None counts as 0), 2 for a user's
     mistake or for files and disks that a user can mend (printed as one line), 130 after Ctrl-C.
     """
     try:
-        return function(parse(options_type, argv, prog)) or 0
+        return function() or 0
     except ColossalLlamaError as error:
         # Under a launcher every process meets the same mistake; one per machine says so.
         if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -122,24 +129,52 @@ def parse(
     Raises:
         UsageError: naming every problem at once.
     """
+    given = given_flags(options_type, argv, prog)
+    config = given.pop("config", None)
+    return build(options_type, {**(_read_config(options_type, config) if config else {}), **given})
+
+
+def given_flags(
+    options_type: type, argv: Sequence[str] | None = None, prog: str | None = None
+) -> dict[str, Any]:
+    """The values that stand on the command line, by field; under ``config`` the path of that.
+
+    Raises:
+        UsageError: a flag is unknown, or its value is not of its kind.
+    """
     parser = _parser(options_type, prog)
     arguments = _with_bare_booleans(options_type, sys.argv[1:] if argv is None else argv)
     found = vars(parser.parse_args(arguments))
-    given = {name: value for name, value in found.items() if value is not None}
-    config = given.pop("config", None)
-    values = {**(_read_config(options_type, Path(config)) if config else {}), **given}
-    missing = [
-        f"{_spelling(field)} is required"
-        for field in _fields(options_type)
-        if field.default is _REQUIRED and field.name not in values
-    ]
-    if missing:
-        raise UsageError(missing)
+    for field in _fields(options_type):
+        # argparse makes an empty list of positional arguments that are absent.
+        if field.metadata["positional"] and found[field.name] == []:
+            del found[field.name]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def build(options_type: type[Options], values: dict[str, Any]) -> Options:
+    """The options with ``values`` (by field, already of the fields' types), and checked.
+
+    Raises:
+        UsageError: naming every problem at once.
+    """
+    lacking = missing(options_type, values)
+    if lacking:
+        raise UsageError(lacking)
     options = options_type(**values)
     problems = options.problems() if hasattr(options, "problems") else []
     if problems:
         raise UsageError(problems)
     return options
+
+
+def missing(options_type: type, values: dict[str, Any]) -> list[str]:
+    """A problem for each required flag that has no value."""
+    return [
+        f"{_spelling(field)} is required"
+        for field in _fields(options_type)
+        if field.default is _REQUIRED and field.name not in values
+    ]
 
 
 def as_dict(options: Any) -> dict[str, Any]:
@@ -157,7 +192,7 @@ def as_dict(options: Any) -> dict[str, Any]:
 
 def check_config(options: Any) -> None:
     """Asserts that the options can be written and read again (an invariant of ours)."""
-    assert type(options)(**_convert_all(type(options), as_dict(options), "options")) == options
+    assert type(options)(**convert_settings(type(options), as_dict(options), "options")) == options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -176,7 +211,11 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file of flags; flags given here override it")
+    sections: dict[str, str] = getattr(options_type, "SECTIONS", {})
+    section: argparse._ActionsContainer = parser
     for field in _fields(options_type):
+        if field.name in sections:
+            section = parser.add_argument_group(sections[field.name])
         convert, is_list, is_bool = _converter(options_type, field)
         settings: dict[str, Any] = {"help": _help(field), "type": convert, "dest": field.name}
         if field.metadata["choices"]:
@@ -188,13 +227,14 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
         if is_bool:
             settings.update(nargs="?", const=True)
         if field.metadata["positional"]:
-            assert not is_list
+            assert not field.metadata["comma"]
             assert not is_bool
             del settings["dest"]
             # It may stand in --config alone; the default SUPPRESS would come back as its value.
-            parser.add_argument(field.name, nargs="?", default=None, **settings)
+            settings.update(nargs="*" if is_list else "?", default=None)
+            section.add_argument(field.name, **settings)
         else:
-            parser.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
+            section.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
     return parser
 
 
@@ -262,21 +302,33 @@ def _boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
 
 
-def _read_config(options_type: type, path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, where: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds, as it stands there.
+
+    Raises:
+        UsageError: the file cannot be read, or holds no mapping; says ``where`` it was named.
+    """
     import yaml
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError([f"--config {path}: {error.strerror}"]) from None
+        raise UsageError([f"{where}: {error.strerror}"]) from None
+    except UnicodeDecodeError:
+        raise UsageError([f"{where}: not UTF-8 text"]) from None
     except yaml.YAMLError as error:
-        raise UsageError([f"--config {path}: not YAML: {' '.join(str(error).split())}"]) from None
+        raise UsageError([f"{where}: not YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(content, dict):
-        raise UsageError([f"--config {path}: expected a mapping from flag names to values"])
-    return _convert_all(options_type, content, f"--config {path}")
+        raise UsageError([f"{where}: expected a mapping from flag names to values"])
+    return content
 
 
-def _convert_all(options_type: type, content: dict[str, Any], where: str) -> dict[str, Any]:
+def convert_settings(options_type: type, content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings from YAML as values by field, converted in the same way as flags.
+
+    Raises:
+        UsageError: naming every unknown setting and every value that does not fit, and ``where``.
+    """
     fields = {
         spelling.lstrip("-"): field
         for field in _fields(options_type)
@@ -296,6 +348,11 @@ def _convert_all(options_type: type, content: dict[str, Any], where: str) -> dic
     if problems:
         raise UsageError(problems)
     return values
+
+
+def _read_config(options_type: type, path: str) -> dict[str, Any]:
+    where = f"--config {path}"
+    return convert_settings(options_type, read_mapping(Path(path), where), where)
 
 
 def _convert(options_type: type, field: dataclasses.Field[Any], value: Any) -> Any:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colossal_llama.command import option
+from colossal_llama.runtime.hostfile import check_hostfile
+
 NO_DEPS = "pip install --no-deps -r requirements-no-deps.txt"
 
 # Distribution, what it has to satisfy, how to get it.
@@ -36,11 +39,27 @@ OPTIONAL = [
 
 @dataclass
 class DoctorOptions:
-    """Check this installation; exits with 1 if something that is needed does not work."""
+    """Check this installation; exits with 1 if something that is needed does not work.
+
+    With --hostfile, check only the hosts of a run on many machines; exits with 2 if they cannot
+    be used as the file says.
+    """
+
+    hostfile: Path | None = option(None, help="check this hostfile of colossalai run, only")
+    check_ssh: bool = option(True, help="log in to each host of --hostfile, as the launcher will")
+    ssh_port: int | None = option(None, help="the port for that, as for colossalai run --ssh-port")
+
+    def problems(self) -> list[str]:
+        if self.hostfile is None and self.ssh_port is not None:
+            return ["--ssh_port is the port of the hosts of --hostfile; give --hostfile, too"]
+        return []
 
 
 def doctor(options: DoctorOptions) -> int:
     """Prints the findings; returns 0 if training works here, else 1."""
+    if options.hostfile is not None:
+        print(check_hostfile(options.hostfile, ssh=options.check_ssh, ssh_port=options.ssh_port))
+        return 0
     warnings.filterwarnings("ignore")
     broken = _versions()
     if broken:
@@ -148,20 +167,17 @@ def _steps() -> Iterator[tuple[str, float | str]]:
 def _take_a_step(options: Any) -> None:
     import torch
     from colossalai.accelerator import get_accelerator
-    from colossalai.booster import Booster
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from colossal_llama.training.assembly import boost
-    from colossal_llama.training.plugins import build_plugin
+    from colossal_llama.training.boosting import boost
 
     config = LlamaConfig(
         vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=2, use_cache=False,
     )  # fmt: skip
-    booster = Booster(plugin=build_plugin(options, accumulation_steps=1))
     plain: Any = LlamaForCausalLM(config)
-    model, optimizer = boost(options, booster, plain.to(torch.bfloat16))
+    boosted = boost(options, plain.to(torch.bfloat16), accumulation=1)
     ids = torch.arange(32, device=get_accelerator().get_current_device()).view(1, 32)
-    loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
-    booster.backward(loss, optimizer)
-    optimizer.step()
+    loss = boosted.model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids)).loss
+    boosted.booster.backward(loss, boosted.optimizer)
+    boosted.optimizer.step()

@@ -10,7 +10,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def replace_directory(temporary: Path, target: Path) -> None:
     else:
         target.unlink(missing_ok=True)
         temporary.rename(target)
-    _fsync(target.parent)
+    fsync_file(target.parent)
 
 
 def share_files(directory: Path) -> None:
@@ -83,22 +83,48 @@ def atomic_file(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        _fsync(temporary)
+        fsync_file(temporary)
         os.replace(temporary, target)
-        _fsync(target.parent)
+        fsync_file(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_all(path: Path, content: bytes, *, create: bool = True) -> None:
+    """Appends ``content`` to a file, or nothing of it.
+
+    Raises:
+        OSError: with the file's name, whatever call it comes from.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if create else 0)
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        size = os.fstat(descriptor).st_size
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, size)  # half a line would spoil the next one as well
+            raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def fsync_tree(directory: Path) -> None:
     """Flushes every file and folder under ``directory`` to the disk."""
     for root, _, names in os.walk(directory):
         for name in names:
-            _fsync(Path(root, name))
-        _fsync(Path(root))
+            fsync_file(Path(root, name))
+        fsync_file(Path(root))
 
 
-def _fsync(path: Path) -> None:
+def fsync_file(path: Path) -> None:
+    """Flushes one file, or the entries of one folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

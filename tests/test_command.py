@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -33,6 +34,26 @@ class Options:
     def problems(self) -> list[str]:
         found = [] if self.size > 0 else ["--size must be positive"]
         return found + ([] if self.rate > 0 else ["--rate must be positive"])
+
+
+@dataclass
+class SectionedOptions:
+    """Options in two sections."""
+
+    SECTIONS: ClassVar[dict[str, str]] = {"first": "numbers", "name": "texts"}
+
+    first: int = option(1, help="a number")
+    second: int = option(2, help="another number")
+    name: str = option("a", help="a text")
+
+
+def test_help_has_the_sections_of_the_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.parse(SectionedOptions, ["--help"])
+    _, numbers, texts = re.split("^numbers:|^texts:", capsys.readouterr().out, flags=re.MULTILINE)
+    assert ("--first" in numbers, "--second" in numbers, "--name" in numbers) == (True, True, False)
+    assert "--name" in texts
+    assert command.parse(SectionedOptions, ["--second", "5"]) == SectionedOptions(second=5)
 
 
 def parse(*argv: str) -> Options:
@@ -146,6 +167,23 @@ def test_config_that_is_no_mapping(tmp_path: Path, text: str) -> None:
     assert "\n" not in problem
 
 
+def test_config_that_is_no_text(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_bytes(b"path: \xff")
+    with pytest.raises(UsageError, match=r"--config .*run.yaml: not UTF-8 text"):
+        command.parse(Options, ["--config", str(config)])
+
+
+def test_a_config_may_be_read_and_built_in_two_steps() -> None:
+    values = command.convert_settings(Options, {"size": "3", "s": 4, "paths": ["a"]}, "here")
+    assert values == {"size": 4, "paths": [Path("a")]}
+    assert command.missing(Options, values) == ["--path is required"]
+    flags = command.given_flags(Options, ["--path", "p", "--config", "run.yaml"])
+    assert flags == {"path": Path("p"), "config": "run.yaml"}, "no defaults among them"
+    del flags["config"]
+    assert command.build(Options, {**values, **flags}) == parse("--size", "4", "--paths", "a")
+
+
 def test_config_that_does_not_exist() -> None:
     with pytest.raises(UsageError, match=r"absent\.yaml: No such file"):
         command.parse(Options, ["--config", "absent.yaml"])
@@ -232,6 +270,67 @@ def test_a_missing_or_second_positional_argument_is_named(
     with pytest.raises(SystemExit):
         command.parse(LookOptions, ["--help"])
     assert "PLACE where to look (required)" in " ".join(capsys.readouterr().out.split())
+
+
+@dataclass
+class CompareOptions:
+    """Options with any number of arguments that need no flag."""
+
+    places: list[Path] = option(help="where to look", positional=True)
+    deep: bool = option(False, help="a boolean")
+    size: int = option(1, help="a count")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["a", "b c", "--deep", "--size", "3"],
+        ["--deep", "a", "b c", "--size", "3"],
+        ["--size", "3", "--deep", "a", "b c"],
+        ["--size=3", "--deep=true", "a", "b c"],
+        ["--size", "3", "--deep", "--", "a", "b c"],
+    ],
+)
+def test_positional_arguments_stand_together_anywhere(argv: list[str]) -> None:
+    expected = CompareOptions([Path("a"), Path("b c")], deep=True, size=3)
+    assert command.parse(CompareOptions, argv) == expected
+
+
+def test_positional_arguments_are_a_setting_like_any_other(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("{places: [x, y], deep: true}", encoding="utf-8")
+    argv = ["--config", str(config)]
+    expected = CompareOptions([Path("x"), Path("y")], deep=True)
+    assert command.parse(CompareOptions, argv) == expected
+    assert command.parse(CompareOptions, ["z", *argv]).places == [Path("z")]
+    options = CompareOptions([Path("a")], size=2)
+    config.write_text(json.dumps(command.as_dict(options)), encoding="utf-8")
+    assert command.parse(CompareOptions, argv) == options
+    config.write_text("{places: x}", encoding="utf-8")
+    with pytest.raises(UsageError, match="places: expected a list"):
+        command.parse(CompareOptions, argv)
+
+
+def test_missing_positional_arguments_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=r"^PLACES is required$"):
+        command.parse(CompareOptions, ["--deep"])
+    with pytest.raises(SystemExit):
+        command.parse(CompareOptions, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "PLACES where to look (required)" in text
+    assert "[PLACES ...]" in text
+
+
+@dataclass
+class ReadOptions:
+    """Options that do without their arguments."""
+
+    places: list[Path] = option([Path("here")], help="where to look", positional=True)
+
+
+def test_positional_arguments_may_have_a_default() -> None:
+    assert command.parse(ReadOptions, []).places == [Path("here")]
+    assert command.parse(ReadOptions, ["a", "b"]).places == [Path("a"), Path("b")]
 
 
 def run_raising(error: BaseException) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,27 @@ def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
     assert storage.sha256_file(tmp_path / "file") == hashlib.sha256(data).hexdigest()
+
+
+def test_what_cannot_be_appended_whole_is_not_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    with pytest.raises(FileNotFoundError, match="log"):
+        storage.append_all(path, b"text", create=False)
+    storage.append_all(path, b"one\n")
+    write = os.write
+
+    def half(descriptor: int, content: memoryview) -> int:
+        if len(content) > 2:
+            return write(descriptor, content[:2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", half)
+        with pytest.raises(OSError, match="No space left") as caught:
+            storage.append_all(path, b"two\n")
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == b"one\n"
+    storage.append_all(path, b"three\n", create=False)
+    assert path.read_bytes() == b"one\nthree\n"

@@ -39,13 +39,16 @@ class TrainingRows:
 
     ``files`` and ``fingerprints`` (SHA-256 of its rows) have an entry for each part that has
     rows. ``datasets`` has these parts' rows for each path they were opened by. Kind, tokenizer and
-    chat template of ``manifest`` are those of all parts.
+    chat template of ``manifest`` are those of all parts. ``categories`` are those of any part, in
+    alphabetical order.
     """
 
     files: list[ArrowRows]
     manifest: Manifest
     datasets: list[list[int]]
     fingerprints: list[str]
+    categories: list[str]
+    longest_row: int
 
     def __post_init__(self) -> None:
         import numpy as np
@@ -59,6 +62,12 @@ class TrainingRows:
     def rows_per_part(self) -> list[int]:
         """The rows of every part, whichever path it was opened by."""
         return [rows for parts in self.datasets for rows in parts]
+
+    def where(self, index: int) -> str:
+        """The row ``index`` as its file and, after a colon, its place there, from 0."""
+        part = int(self._ends.searchsorted(index, side="right"))
+        place = index - int(self._ends[part]) + len(self.files[part])
+        return f"{self.files[part].path}:{place}"
 
     def take(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The rows ``indices``: ``category``, text, and arrays that cannot be written to.
@@ -116,6 +125,8 @@ def open_parts(
         manifests[parts[0].parent],
         [[len(files[part]) for part in own if part in files] for own in by_path],
         [entries[part].files[ARROW_FILE].sha256 for part in files],
+        sorted({name for part in files for name in entries[part].category_tokens}),
+        max(entries[part].longest_row for part in files),
     )
 
 

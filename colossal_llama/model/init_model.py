@@ -137,6 +137,7 @@ def _from_source(options: InitModelOptions, source: Path, target: Path) -> str:
         safetensors_files.rewrite(weights, target, grown, options.dtype, progress.update)
     new_size = pieces.old_size + len(pieces.bags)
     write_json(target / "config.json", _changed(config, new_size, options.dtype))
+    _note_extension(options.target_tokenizer_path, target, pieces.old_size, new_size)
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", target / "generation_config.json")
     else:
@@ -172,6 +173,19 @@ def _grown(
         )
         for name in names
     }
+
+
+def _note_extension(tokenizer: Path, target: Path, before: int, after: int) -> None:
+    """Leaves the tokenizer's report beside the model, with the sizes that the model had and has.
+
+    Training reads there which embedding rows are new.
+    """
+    from colossal_llama.tokenizer.extension_report import REPORT
+
+    path = tokenizer / REPORT
+    report = read_json(path) if path.is_file() else {}
+    sizes = {"size_before": before, "size_after": after}
+    write_json(target / REPORT, {**report, **sizes})
 
 
 def _changed(config: dict[str, Any], vocab_size: int, dtype: str | None) -> dict[str, Any]:

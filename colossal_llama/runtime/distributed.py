@@ -74,7 +74,7 @@ def _prepare() -> None:
     import torch
     from colossalai.accelerator import set_accelerator
 
-    from colossal_llama.runtime import adam, memory, patches
+    from colossal_llama.runtime import adam, memory, overhead, patches
 
     if not torch.cuda.is_available():
         memory.keep_freed_memory()
@@ -83,6 +83,7 @@ def _prepare() -> None:
         set_accelerator(HostAccelerator())
     adam.register()
     patches.apply_all()
+    overhead.apply_all()
 
 
 def _quieten() -> None:

@@ -80,8 +80,8 @@ def gemini_chunk_placement() -> None:
     def stay(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
         assert self.cuda_shard is not None, "a shard is where it computes"
 
-    _wrap(Chunk, "__init__", init)
-    _wrap(Chunk, "shard_move", stay)
+    wrap(Chunk, "__init__", init)
+    wrap(Chunk, "shard_move", stay)
     Chunk.device_type = property(device_type)
 
 
@@ -102,30 +102,42 @@ def gemini_accumulation() -> None:
             chunk.grad_chunk.cuda_global_chunk.div_(chunk.pg_size)
         return original(self, chunk)
 
-    _wrap(ChunkManager, "rearrange_accumulated_grad_chunk", rearrange)
+    wrap(ChunkManager, "rearrange_accumulated_grad_chunk", rearrange)
 
 
-def loss_in_fp32() -> None:
-    """``shardformer/modeling/llama.py``: computes the cross-entropy in the working dtype.
+def gemini_skipped_step() -> None:
+    """``zero/gemini/gemini_optimizer.py``, ``GeminiOptimizer.step``: forgets that it skipped.
 
-    With pipeline or tensor parallelism the loss would be taken from bf16 logits and come back
-    rounded to bf16 (three digits); transformers' own Llama takes it in fp32, and so do the
-    other plugins.
-    May go when upstream upcasts the logits.
+    When an update is left out because gradients overflowed, the mark "gradients are being
+    accumulated" stays. The next step adds its gradients to the infinite ones, overflows too, and
+    so on for ever: with fp16 and accumulation the first overflow ends the training.
+    May go when upstream clears the mark on that path, too.
     """
-    from colossalai.shardformer.modeling import llama
+    from colossalai.zero.gemini.gemini_optimizer import GeminiOptimizer
 
-    def cross_entropy(
-        original: Callable[..., torch.Tensor],
-        labels: torch.Tensor,
-        logits: torch.Tensor,
-        shard_config: Any,
-        vocab_size: int,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        return original(labels, logits.float(), shard_config, vocab_size, torch.float32)
+    def step(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        self.module.chunk_manager.accumulating_grads = False
+        return result
 
-    _wrap(llama, "dist_cross_entropy", cross_entropy)
+    wrap(GeminiOptimizer, "step", step)
+
+
+def gemini_saved_dtype() -> None:
+    """``zero/gemini/gemini_ddp.py``, ``_get_chunk_to_save_data``: saves what the chunk holds.
+
+    Without accumulation Gemini saves from the fp32 master weights, to be rounded on the way. A
+    chunk that every rank keeps whole is handed out as it is: the model comes out in fp32, twice
+    as large as its configuration says and as the same run with accumulation writes.
+    May go when upstream rounds gathered chunks, too.
+    """
+    from colossalai.zero.gemini import GeminiDDP
+
+    def collect(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        return {parameter: data.to(self.mixed_precision) for parameter, data in found.items()}
+
+    wrap(GeminiDDP, "_get_chunk_to_save_data", collect)
 
 
 def detached_padding() -> None:
@@ -141,7 +153,7 @@ def detached_padding() -> None:
     def restore(original: Callable[..., torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
         return original(tensor) if hasattr(tensor, "_unpad_detach") else tensor
 
-    _wrap(api, "_hijack_back_detach_and_clone", restore)
+    wrap(api, "_hijack_back_detach_and_clone", restore)
 
 
 def scaled_bf16_gradients() -> None:
@@ -172,11 +184,11 @@ def scaled_bf16_gradients() -> None:
             gradient = gradient / self._div_scale
         original(self, data, gradient, *args)
 
-    _wrap(HybridAdam, "step", step)
-    _wrap(HybridAdam, "torch_adam_update", update)
+    wrap(HybridAdam, "step", step)
+    wrap(HybridAdam, "torch_adam_update", update)
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces ``owner.name`` by ``wrapper(original, *args)``, once."""
     original = getattr(owner, name)
     if hasattr(original, "_patched_here"):
@@ -193,7 +205,8 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 ALWAYS = (
     pipeline_backend_check,
     gemini_accumulation,
-    loss_in_fp32,
+    gemini_skipped_step,
+    gemini_saved_dtype,
     detached_padding,
     scaled_bf16_gradients,
 )

@@ -2,110 +2,104 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import sys
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from colossalai.accelerator import get_accelerator
-from colossalai.booster import Booster
-from colossalai.nn.optimizer import HybridAdam
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available
-from transformers.utils.logging import disable_progress_bar
 
 from colossal_llama import command, storage
+from colossal_llama.dataset.loader import TrainingRows
 from colossal_llama.dataset.manifest import Manifest
+from colossal_llama.durations import seconds_of
 from colossal_llama.errors import DataError
-from colossal_llama.runtime.cpu import bf16_is_fast
-from colossal_llama.runtime.rope import restore_rope_frequencies
-from colossal_llama.training.arguments import TrainOptions, is_checkpoint
-from colossal_llama.training.checkpoint import (
-    RunningState,
-    read_running_state,
-    restore,
-    save_checkpoint,
-)
+from colossal_llama.runtime.watchdog import Watchdog, open_store
+from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.boosting import boost, build_passes
+from colossal_llama.training.callbacks import Callback
+from colossal_llama.training.checkpoint import CheckpointFiles
+from colossal_llama.training.checkpointing import Checkpointer, Stopper
 from colossal_llama.training.data import build_sampler, describe_mixture, open_rows
-from colossal_llama.training.freeze import freeze_non_embeddings
-from colossal_llama.training.metrics import MetricsWriter
-from colossal_llama.training.neftune import NoisyEmbeddings
-from colossal_llama.training.plugins import Layout, build_layout, build_plugin
-from colossal_llama.training.schedule import CosineSchedule, default_warmup
-from colossal_llama.training.trainer import Trainer
+from colossal_llama.training.evaluation import Evaluator
+from colossal_llama.training.export import Exporter
+from colossal_llama.training.guards import NonFiniteGuard, SpikeGuard
+from colossal_llama.training.loading import (
+    load_model,
+    load_tokenizer,
+    warn_of_slow_precision,
+)
+from colossal_llama.training.lora import add_adapter
+from colossal_llama.training.reporting import RunLog
+from colossal_llama.training.resuming import (
+    checkpoint_to_load,
+    initial_state,
+    resume,
+    weights_directory,
+)
+from colossal_llama.training.schedule import build_schedule
+from colossal_llama.training.state import (
+    RunningState,
+)
+from colossal_llama.training.throughput import Throughput
+from colossal_llama.training.trainer import LogSteps, Trainer
+from colossal_llama.training.validation import Validation, open_validation
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-# AdamW's decay rates in Llama (Touvron et al. 2023, section 2.3).
-ADAM_BETAS = (0.9, 0.95)
-
-
-def build_trainer(options: TrainOptions) -> Trainer:
+def build_trainer(options: TrainOptions, started: float) -> Trainer:
     """Loads and checks everything ``options`` name. Needs a process group.
+
+    Args:
+        started: when the run began, as ``time.monotonic`` counts; ``--max_time`` runs from then.
 
     Raises:
         DataError: data, tokenizer, model or checkpoint do not fit each other.
     """
     warn_of_slow_precision(options.mixed_precision)
     rows = open_rows(options)
-    accumulation = accumulation_steps(options, rows.manifest)
+    validation = open_validation(options, rows)
     tokenizer = load_tokenizer(options, rows.manifest)
-    model = load_model(options, len(tokenizer))
-    plugin = build_plugin(options, accumulation)
-    layout = build_layout(options, plugin)
-    batch_size = layout.data_size * options.micro_batch_size * accumulation
-    sampler = build_sampler(options, rows, batch_size)
-    state = initial_state(options, rows.fingerprints)
-    samples_left = max(0, options.num_epochs * len(rows) - state.samples)
-    total_steps = state.step + math.ceil(samples_left / batch_size)
+    resumed = checkpoint_to_load(options)
+    state = initial_state(options, rows.fingerprints, resumed)
+    accumulation = accumulation_steps(options, rows.manifest)
+    batch_size = data_ranks(options) * options.micro_batch_size * accumulation
+    total_steps = count_steps(options, state, len(rows), batch_size)
+    weights = weights_directory(options, resumed)
+    model = load_model(options, weights, len(tokenizer))
+    adapter = add_adapter(options, model, weights, resumed) if options.lora_rank else None
+    boosted = boost(options, model, accumulation)
+    layout = boosted.layout
+    if resumed is not None:
+        resume(resumed, state, boosted)
+    passes = build_passes(options, boosted, rows, tokenizer)
+    log = open_log(options, state, total_steps)
+    device = torch.device(get_accelerator().get_current_device())
     schedule = build_schedule(options, total_steps)
-    booster = Booster(plugin=plugin)
-    model, optimizer = boost(options, booster, model)
-    noise = None
-    if options.use_neft and (not layout.pipeline or plugin.stage_manager.is_first_stage()):
-        noise = NoisyEmbeddings(model.unwrap(), options.neftune_noise_alpha, options.seed)
-    if state.step:
-        resume(options, state, optimizer, layout)
-
-    save = functools.partial(
-        save_checkpoint,
-        options.save_dir,
-        booster=booster,
-        model=model,
-        optimizer=optimizer,
+    files = CheckpointFiles(
+        save_dir=options.save_dir,
+        export=Exporter(boosted.booster, boosted.model, tokenizer, adapter),
+        optimizer=boosted.optimizer,
         schedule=schedule,
-        tokenizer=tokenizer,
         layout=layout,
     )
-    metrics = open_metrics(options, state, schedule)
-    metrics.say(
-        f"{options.plugin} on {dist.get_world_size()} processes: {len(rows):,} rows, "
-        f"{batch_size} rows a step, {total_steps:,} steps"
-    )
-    for line in describe_mixture(options, rows):
-        metrics.say(line)
-    return Trainer(
-        booster=booster,
-        model=model,
-        optimizer=optimizer,
-        rows=rows,
-        sampler=sampler,
+    trainer = Trainer(
+        model=boosted.model,
+        optimizer=boosted.optimizer,
+        passes=passes,
+        batches=passes.batches,
+        sampler=build_sampler(options, rows, batch_size),
         schedule=schedule,
         layout=layout,
         state=state,
-        metrics=metrics,
-        noise=noise,
-        save=save,
-        micro_batch_size=options.micro_batch_size,
+        callbacks=build_callbacks(options, files, started, validation),
+        log=log,
+        throughput=Throughput(model.config, rows.longest_row, options.mixed_precision),
+        watchdog=build_watchdog(options),
         num_epochs=options.num_epochs,
-        save_interval=options.save_interval,
-        pad_id=tokenizer.pad_token_id or 0,
-        device=torch.device(get_accelerator().get_current_device()),
+        device=device,
     )
+    introduce(options, rows, trainer, batch_size)
+    return trainer
 
 
 def accumulation_steps(options: TrainOptions, manifest: Manifest) -> int:
@@ -115,174 +109,82 @@ def accumulation_steps(options: TrainOptions, manifest: Manifest) -> int:
     return max(8 if manifest.kind == "sft" else 1, options.pp)
 
 
-def load_tokenizer(options: TrainOptions, manifest: Manifest) -> Any:
-    """The tokenizer of the model, with the chat template of the data if that has one."""
-    tokenizer = AutoTokenizer.from_pretrained(options.pretrained, local_files_only=True)
-    if manifest.chat_template:
-        tokenizer.chat_template = manifest.chat_template
-    return tokenizer
+def data_ranks(options: TrainOptions) -> int:
+    """Among how many ranks the rows of a step are divided."""
+    return dist.get_world_size() // (options.tp * options.pp * options.sp)
 
 
-def load_model(options: TrainOptions, vocabulary: int) -> Any:
-    """The model in the working dtype, with the weights to start from.
+def count_steps(options: TrainOptions, state: RunningState, rows: int, batch_size: int) -> int:
+    """The last step of the run.
 
     Raises:
-        DataError: the weights are incomplete, or of another vocabulary.
+        DataError: the data is not enough for one step.
     """
-    directory = weights_directory(options)
-    say(f"loading {directory}")
-    # One bar a process would be drawn over the others'.
-    disable_progress_bar()
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            directory,
-            torch_dtype=DTYPES[options.mixed_precision],
-            attn_implementation=attention_implementation(options),
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise DataError(f"{directory}: cannot load the model: {_first_line(error)}") from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        lacking = [*report["missing_keys"], *report["mismatched_keys"]]
-        raise DataError(f"{directory}: weights are missing or misshapen: {lacking[:3]}")
-    if model.config.vocab_size < vocabulary:
+    if rows * options.num_epochs < batch_size and options.max_steps is None:
         raise DataError(
-            f"{directory} has {model.config.vocab_size} embedding rows, but the tokenizer in "
-            f"{options.pretrained} has {vocabulary} pieces; extend the model with init_model.py"
+            f"--dataset has {rows:,} rows, fewer than the {batch_size:,} of one step: prepare more "
+            "data, or lower --micro_batch_size or --accumulation_steps"
         )
-    model.config.use_cache = False
-    return model
+    if options.max_steps is not None:
+        return options.max_steps
+    samples_left = max(0, options.num_epochs * rows - state.samples)
+    return state.step + math.ceil(samples_left / batch_size)
 
 
-def attention_implementation(options: TrainOptions) -> str:
-    """The name of transformers' attention."""
-    if options.sp > 1:
-        # ColossalAI's attention for sequence parallelism applies the mask that it is given;
-        # for "sdpa" transformers gives none where no row is padded, and means "causal" by it.
-        # "eager" always gives the causal mask. (Without it tokens see their successors.)
-        return "eager"
-    if options.use_flash_attn and torch.cuda.is_available() and is_flash_attn_2_available():
-        return "flash_attention_2"
-    return "sdpa"
-
-
-def weights_directory(options: TrainOptions) -> Path:
-    """Where the weights to start from are."""
-    load = options.load_checkpoint
-    if load is None:
-        return options.pretrained
-    return load / "modeling" if is_checkpoint(load) else load
-
-
-def boost(options: TrainOptions, booster: Any, model: Any) -> tuple[Any, Any]:
-    """Freezes, builds the optimizer, and hands both to the plugin."""
-    if options.freeze_non_embeds_params:
-        freeze_non_embeddings(model)
-    if options.use_grad_checkpoint:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = HybridAdam(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=options.lr,
-        betas=ADAM_BETAS,
-        weight_decay=options.weight_decay,
-        adamw_mode=True,
+def build_callbacks(
+    options: TrainOptions, files: CheckpointFiles, started: float, validation: Validation | None
+) -> Sequence[Callback]:
+    """The callbacks of a run, in the order in which they are called."""
+    checkpointer = Checkpointer(
+        files,
+        interval=options.save_interval,
+        keep_last=options.keep_last,
+        in_background=options.async_save,
+        go_on=options.on_save_error == "continue",
     )
-    model, optimizer, *_ = booster.boost(model, optimizer)
-    restore_rope_frequencies(model.unwrap())
-    return model, optimizer
+    limit = None if options.max_time is None else seconds_of(options.max_time)
+    guards: list[Callback] = [NonFiniteGuard(options.save_dir, options.max_bad_steps)]
+    if options.loss_spike_sigma > 0:
+        skip = options.on_loss_spike == "skip"
+        guards.append(SpikeGuard(options.save_dir, options.loss_spike_sigma, skip=skip))
+    stopper = Stopper(checkpointer, started, limit)
+    evaluators = []
+    if validation is not None:
+        evaluators.append(Evaluator(validation, options.eval_interval, options.pp))
+    return [*guards, LogSteps(), stopper, *evaluators, checkpointer]
 
 
-def build_schedule(options: TrainOptions, total_steps: int) -> CosineSchedule:
-    """Warm-up and cosine over the whole run."""
-    warmup = options.warmup_steps
-    return CosineSchedule(
-        peak=options.lr,
-        warmup_steps=default_warmup(total_steps) if warmup is None else warmup,
-        total_steps=total_steps,
-    )
-
-
-def initial_state(options: TrainOptions, fingerprints: list[str]) -> RunningState:
-    """The state of the checkpoint that is resumed, or that of a new run.
-
-    Raises:
-        DataError: the checkpoint was made with other data.
-    """
-    state = RunningState(
-        world_size=dist.get_world_size(),
-        plugin=options.plugin,
-        layout={
-            "tp": options.tp,
-            "pp": options.pp,
-            "sp": options.sp,
-            "zero_stage": options.zero_stage,
-        },
-        mixed_precision=options.mixed_precision,
-        config_fingerprint=storage.sha256_file(options.pretrained / "config.json"),
-        dataset_fingerprints=fingerprints,
-    )
-    load = options.load_checkpoint
-    if load is None or not is_checkpoint(load):
-        return state
-    saved = read_running_state(load)
-    if saved.dataset_fingerprints != state.dataset_fingerprints:
-        raise DataError(
-            f"{load} was trained on other data than --dataset names; resume with the same parts "
-            f"in the same order, or start a new stage with --load_checkpoint {load / 'modeling'}"
-        )
-    state.epoch, state.step = saved.epoch, saved.step
-    state.samples, state.tokens = saved.samples, saved.tokens
-    return state
-
-
-def resume(options: TrainOptions, state: RunningState, optimizer: Any, layout: Layout) -> None:
-    """Restores optimizer and random states, or says what cannot be carried over."""
-    assert options.load_checkpoint is not None
-    saved = read_running_state(options.load_checkpoint)
-    if saved.identity() == state.identity():
-        restore(options.load_checkpoint, optimizer, layout)
-    else:
-        say(
-            f"warning: {options.load_checkpoint} was written by {saved.identity()}, this is "
-            f"{state.identity()}: weights (in half precision) and data position are carried "
-            "over, the optimizer's moments start anew"
-        )
-
-
-def open_metrics(
-    options: TrainOptions, state: RunningState, schedule: CosineSchedule
-) -> MetricsWriter:
+def open_log(options: TrainOptions, state: RunningState, total_steps: int) -> RunLog:
     """Opens the run's logs, and writes the resolved flags beside them."""
     main = dist.get_rank() == 0
     if main:
         options.save_dir.mkdir(parents=True, exist_ok=True)
         target = options.config_file or options.save_dir / "config.json"
         storage.write_json(target, command.as_dict(options))
-    return MetricsWriter(
+    return RunLog(
         options.save_dir,
         options.tensorboard_dir or options.save_dir / "tensorboard",
-        state.step + 1,
-        schedule.total_steps,
-        main,
+        options.report_to,
+        first_step=state.step + 1,
+        total_steps=total_steps,
+        active=main,
+        run_name=options.save_dir.resolve().name,
+        config=command.as_dict(options),
     )
 
 
-def warn_of_slow_precision(precision: str) -> None:
-    """Says it before a user waits for a CPU that emulates its arithmetic."""
-    if torch.cuda.is_available():
-        return
-    best = "bf16" if bf16_is_fast() else "fp32"
-    if precision == "fp16" or (precision == "bf16" and best == "fp32"):
-        say(f"warning: {precision} is very slow on this CPU; --mixed_precision {best} is not")
+def build_watchdog(options: TrainOptions) -> Watchdog:
+    """Watches for a process that does not go on."""
+    timeout = seconds_of(options.hang_timeout) or 0.0
+    store = open_store() if timeout > 0 and dist.get_world_size() > 1 else None
+    return Watchdog(timeout, dist.get_rank(), dist.get_world_size(), store)
 
 
-def say(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if dist.get_rank() == 0:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def introduce(options: TrainOptions, rows: TrainingRows, trainer: Trainer, batch_size: int) -> None:
+    """Says what is about to be trained."""
+    trainer.say(
+        f"{options.plugin} on {dist.get_world_size()} processes: {len(rows):,} rows, "
+        f"{batch_size} rows a step, {trainer.schedule.total_steps:,} steps"
+    )
+    for line in describe_mixture(options, rows):
+        trainer.say(line)

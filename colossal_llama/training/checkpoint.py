@@ -2,173 +2,250 @@
 
 <save_dir>/epoch-0_step-100/
     modeling/               a Hugging Face model directory, tokenizer included
+    adapter/                the LoRA adapter, if there is one, as PEFT keeps it
     optimizer/rank-00000.safetensors ...   master weights, moments, loss scale
     rng/rank-00000.safetensors ...         random states
     lr_scheduler            the schedule (JSON)
     running_states.json     position in the data, layout, fingerprints
+    checksums.json          XXH3 of every other file
 <save_dir>/latest           the name of the newest complete checkpoint
 """
 
 from __future__ import annotations
 
-import random
+import itertools
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from colossal_llama import storage
 from colossal_llama.errors import DataError
-from colossal_llama.tokenizer.settings import drop_prefix_setting
-from colossal_llama.training.optimizer_state import load_optimizer_state, save_optimizer_state
+from colossal_llama.training.file_writer import FileWriter, checksum
+from colossal_llama.training.optimizer_state import load_optimizer_state, optimizer_tensors
 from colossal_llama.training.plugins import Layout
+from colossal_llama.training.random_states import load_random_states, random_state_tensors
+from colossal_llama.training.state import (
+    STATE_FILE,
+    RunningState,
+    checkpoint_name,
+    checkpoints,
+    newest_checkpoint,
+    step_of,
+)
 
-FORMAT_VERSION = 1
-
-
-@dataclass
-class RunningState:
-    """Where a run is. ``samples`` counts rows over all processes since the run began."""
-
-    epoch: int = 0
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    world_size: int = 1
-    plugin: str = ""
-    layout: dict[str, int] = field(default_factory=dict)
-    mixed_precision: str = ""
-    config_fingerprint: str = ""
-    dataset_fingerprints: list[str] = field(default_factory=list)
-    version: int = FORMAT_VERSION
-
-    def identity(self) -> str:
-        """What has to be the same for an optimizer state to fit."""
-        sizes = " ".join(f"{name}={size}" for name, size in sorted(self.layout.items()))
-        return f"{self.plugin} ({sizes} {self.mixed_precision}) on {self.world_size} processes"
+CHECKSUM_FILE = "checksums.json"
 
 
-def save_checkpoint(
-    save_dir: Path,
-    state: RunningState,
-    *,
-    booster: Any,
-    model: Any,
-    optimizer: Any,
-    schedule: Any,
-    tokenizer: Any,
-    layout: Layout,
-) -> Path:
-    """Writes a checkpoint with all processes; returns its directory.
+class SaveError(DataError):
+    """A checkpoint could not be written; those from before are as they were."""
 
-    The name appears when everything in it is on the disk: files go to a temporary sibling,
-    and the first process renames it once all are done. ``save_dir`` has to be one that every
-    machine of the job sees.
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cannot write the checkpoint: {reason}")
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """Writes the checkpoints of a run, with all its processes.
+
+    ``save_dir`` has to be a directory that every machine of the job sees.
+
+    Args:
+        export: writes what plain transformers and PEFT load, into a directory.
     """
-    final = save_dir / f"epoch-{state.epoch}_step-{state.step}"
-    temporary = save_dir / f".{final.name}.tmp"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for name in ("modeling", "optimizer", "rng"):
-            (temporary / name).mkdir(parents=True)
-    dist.barrier()
-    booster.save_model(model, str(temporary / "modeling"), shard=True, use_safetensors=True)
-    if layout.optimizer_owner == rank:
-        save_optimizer_state(optimizer, _rank_file(temporary / "optimizer", rank))
-    _save_random_states(_rank_file(temporary / "rng", rank))
-    if rank == 0:
-        tokenizer.save_pretrained(temporary / "modeling")
-        drop_prefix_setting(temporary / "modeling" / "tokenizer_config.json")
-        storage.write_json(temporary / "lr_scheduler", asdict(schedule))
-        storage.write_json(temporary / "running_states.json", asdict(state))
-    dist.barrier()  # other processes' temporary files come and go until they are done
-    storage.fsync_tree(temporary)
-    dist.barrier()
-    if rank == 0:
+
+    save_dir: Path
+    export: Callable[[Path, FileWriter], None]
+    optimizer: Any
+    schedule: Any
+    layout: Layout
+
+    def collect(self, state: RunningState, writer: FileWriter) -> None:
+        """Hands everything to ``writer``; small files are written at once.
+
+        Raises:
+            SaveError: on all processes, if there is no place to write to.
+        """
+        temporary, rank = self._temporary(state), dist.get_rank()
+        raise_on_all(_problem_of(lambda: _make_directories(temporary)) if rank == 0 else None)
+        problem = _problem_of(lambda: self.export(temporary, writer))
+        if self.layout.optimizer_owner == rank:
+            writer.write(
+                optimizer_tensors(self.optimizer), _rank_file(temporary / "optimizer", rank)
+            )
+        writer.write(random_state_tensors(), _rank_file(temporary / "rng", rank))
+        if rank == 0 and problem is None:
+            problem = _problem_of(lambda: self._write_small_files(temporary, state))
+        if problem is not None and writer.error is None:
+            writer.error = OSError(problem)
+
+    def publish(self, state: RunningState, writer: FileWriter) -> Path:
+        """Gives the checkpoint its name, after all processes have written their files.
+
+        Raises:
+            SaveError: on all processes, if one of them could not write.
+        """
+        temporary, final = self._temporary(state), self.save_dir / checkpoint_name(state)
+        writer.finish()
+        try:
+            raise_on_all(None if writer.error is None else _reason(writer.error, writer.failed))
+            every: list[dict[str, str]] = [{}] * dist.get_world_size()
+            own = {str(p.relative_to(temporary)): sum_ for p, sum_ in writer.checksums.items()}
+            dist.all_gather_object(every, own)
+            written = {name: sum_ for sums in every for name, sum_ in sums.items()}
+            problem = None
+            if dist.get_rank() == 0:
+                problem = _problem_of(lambda: self._publish(temporary, final, written))
+            raise_on_all(problem)
+        except SaveError:
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return final
+
+    def remove_leftovers(self) -> None:
+        """Removes what saves that were killed left behind; for one process, before a run."""
+        for path in self.save_dir.glob(".epoch-*_step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in self.save_dir.glob(".*.tmp-*"):  # of single files: storage.atomic_file
+            with suppress(OSError):
+                path.unlink()
+
+    def set_aside(self, step: int) -> list[str]:
+        """Renames the checkpoints with more steps than a run begins with; for one process.
+
+        They are of another run, or of a way that this one does not go again, and
+        ``--load_checkpoint auto`` would take them for its own. Returns their new names.
+        """
+        later = [path for path in checkpoints(self.save_dir) if step_of(path) > step]
+        names = []
+        for path in later:
+            numbers = itertools.count(1)
+            found = (path.with_name(f"{path.name}.set-aside-{number}") for number in numbers)
+            names.append(path.rename(next(new for new in found if not new.exists())).name)
+        if later:
+            self._point_at(newest_checkpoint(self.save_dir))
+        return names
+
+    def keep_last(self, number: int, newest: Path) -> None:
+        """Of the checkpoints up to ``newest`` removes all but the last ``number``.
+
+        For one process. Those with more steps, of a run that was gone back from, stay.
+        """
+        found = checkpoints(self.save_dir)
+        for path in found[: found.index(newest) + 1][:-number]:
+            # Renamed first: a removal that is interrupted must not leave half a checkpoint.
+            removed = path.with_name(f".{path.name}.removed")
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+
+    def _temporary(self, state: RunningState) -> Path:
+        return self.save_dir / f".{checkpoint_name(state)}.tmp"
+
+    def _write_small_files(self, temporary: Path, state: RunningState) -> None:
+        storage.write_json(temporary / "lr_scheduler", asdict(self.schedule))
+        storage.write_json(temporary / STATE_FILE, asdict(state))
+
+    def _publish(self, temporary: Path, final: Path, written: dict[str, str]) -> None:
+        others = [
+            path
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file() and str(path.relative_to(temporary)) not in written
+        ]
+        for path in others:  # small ones
+            written[str(path.relative_to(temporary))] = checksum(path)
+            storage.fsync_file(path)
+        storage.write_json(temporary / CHECKSUM_FILE, written)
         storage.replace_directory(temporary, final)
-        with storage.atomic_file(save_dir / "latest") as pointer:
-            pointer.write_text(final.name + "\n", encoding="utf-8")
-    dist.barrier()
-    return final
+        self._point_at(final)
+
+    def _point_at(self, newest: Path | None) -> None:
+        if newest is None:
+            (self.save_dir / "latest").unlink(missing_ok=True)
+            return
+        with storage.atomic_file(self.save_dir / "latest") as pointer:
+            pointer.write_text(newest.name + "\n", encoding="utf-8")
 
 
-def read_running_state(checkpoint: Path) -> RunningState:
-    """The running state of a checkpoint.
+def verify(checkpoint: Path) -> None:
+    """Compares the files of a checkpoint with their checksums, a share on each process.
 
     Raises:
-        DataError: it cannot be read, or is not one that this version understands.
+        DataError: on all processes, if a file is missing or was changed.
     """
-    path = checkpoint / "running_states.json"
-    content = storage.read_json(path)
-    version = content.get("version") if isinstance(content, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path}: version {version}, this program reads {FORMAT_VERSION}")
-    try:
-        return RunningState(**content)
-    except TypeError as error:
-        raise DataError(f"{path}: not a running state ({error})") from None
+    sums = storage.read_json(checkpoint / CHECKSUM_FILE)
+    if not isinstance(sums, dict):
+        raise DataError(f"{checkpoint / CHECKSUM_FILE}: not a list of checksums")
+    mistake = None
+    for name in sorted(sums)[dist.get_rank() :: dist.get_world_size()]:
+        path = checkpoint / name
+        if not path.is_file():
+            mistake = f"{path}: missing; the checkpoint is incomplete, resume from another"
+        elif checksum(path) != sums[name]:
+            mistake = f"{path}: damaged (its checksum is another); resume from another checkpoint"
+        if mistake:
+            break
+    raise_on_all(mistake, DataError)
 
 
 def restore(checkpoint: Path, optimizer: Any, layout: Layout) -> None:
     """Restores this process's optimizer and random states, bit for bit.
 
     Raises:
-        DataError: a file is missing, or belongs to another layout or model.
+        DataError: on all processes: a file is missing, or belongs to another layout or model.
     """
     mistake = None
-    optimizer_file = _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
-    random_file = _rank_file(checkpoint / "rng", dist.get_rank())
     try:
-        load_optimizer_state(optimizer, optimizer_file)
-        _load_random_states(random_file)
+        load_optimizer_state(
+            optimizer, _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
+        )
+        load_random_states(_rank_file(checkpoint / "rng", dist.get_rank()))
     except DataError as error:
         mistake = str(error)
     except (OSError, SafetensorError) as error:
         mistake = f"{checkpoint}: rank {dist.get_rank()}'s state is missing or damaged: {error}"
-    # Raised by all processes: the first of a machine is the one that speaks, and each has files
-    # of its own.
-    mistakes: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(mistakes, mistake)
-    for mistake in filter(None, mistakes):
-        raise DataError(mistake)
+    raise_on_all(mistake, DataError)
+
+
+def raise_on_all(problem: str | None, kind: type[DataError] = SaveError) -> None:
+    """Raises the first of all processes' problems on all of them.
+
+    The first process of a machine is the one that speaks, and each process has files of its own.
+    """
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for found in filter(None, problems):
+        raise kind(found)
+
+
+def _make_directories(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    for name in ("modeling", "optimizer", "rng"):
+        (temporary / name).mkdir(parents=True)
+
+
+def _problem_of(action: Callable[[], None]) -> str | None:
+    try:
+        action()
+    except OSError as error:
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception, path: Path | None = None) -> str:
+    """Says what could not be written, and why."""
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+        # Of two names the second is that of the copy.
+        path = error.filename2 or error.filename or path
+    return f"{path}: {reason}" if path else reason
 
 
 def _rank_file(directory: Path, rank: int) -> Path:
     return directory / f"rank-{rank:05d}.safetensors"
-
-
-def _save_random_states(path: Path) -> None:
-    """Saves the states of torch, CUDA, numpy and Python as byte and integer tensors."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    _, internal, gauss_next = random.getstate()
-    tensors = {
-        "torch": torch.get_rng_state(),
-        "numpy_keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-        "numpy_rest": torch.tensor([position, has_gauss, gauss], dtype=torch.float64),
-        "python": torch.tensor(internal, dtype=torch.int64),
-        "python_gauss": torch.tensor(
-            [] if gauss_next is None else [gauss_next], dtype=torch.float64
-        ),
-    }
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    save_file(tensors, path)
-
-
-def _load_random_states(path: Path) -> None:
-    tensors = load_file(path)
-    torch.set_rng_state(tensors["torch"])
-    position, has_gauss, gauss = tensors["numpy_rest"].tolist()
-    keys = tensors["numpy_keys"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), gauss))
-    gauss_next = tensors["python_gauss"].tolist()
-    random.setstate((3, tuple(tensors["python"].tolist()), gauss_next[0] if gauss_next else None))
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])

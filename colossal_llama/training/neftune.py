@@ -26,15 +26,21 @@ class NoisyEmbeddings:
         self.alpha, self.seed = alpha, seed
         self._next_sample = 0
         self._lengths: list[int] = []
-        model.register_forward_pre_hook(self._remember_lengths, with_kwargs=True)
+        model.register_forward_pre_hook(self._look_for_lengths, with_kwargs=True)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     def start_step(self, first_sample: int) -> None:
         """Tells which sample the first row of this process's next micro-batch is."""
         self._next_sample = first_sample
 
-    def _remember_lengths(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self._lengths = kwargs["attention_mask"].sum(dim=1).tolist()
+    def expect(self, lengths: torch.Tensor) -> None:
+        """Tells the lengths of the rows of the next micro-batch, int64 [batch]."""
+        self._lengths = lengths.tolist()
+
+    def _look_for_lengths(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        # A pipeline hands out micro-batches itself; its models ignore what they do not know.
+        if "length" in kwargs:
+            self.expect(kwargs["length"])
 
     def _add_noise(self, module: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor:
         if not module.training:

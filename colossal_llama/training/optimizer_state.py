@@ -15,31 +15,32 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from colossal_llama.errors import DataError
 
 
-def save_optimizer_state(optimizer: Any, path: Path) -> None:
-    """Writes this process's share of the optimizer: masters, moments, step and loss scale."""
+def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
+    """This process's share of the optimizer: masters, moments, step and loss scale.
+
+    The tensors are the optimizer's own, not copies.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for index, (parameter, master) in enumerate(_masters(optimizer)):
-        tensors[f"{index}.master"] = master.detach().cpu().clone()
+        tensors[f"{index}.master"] = master
         for name, value in optimizer.optim.state[parameter].items():
-            value = value if torch.is_tensor(value) else torch.tensor(value)
-            tensors[f"{index}.{name}"] = value.detach().cpu().clone()
+            tensors[f"{index}.{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
     scaler = loss_scaler(optimizer)
     if scaler is not None:
-        tensors["loss_scale"] = scaler._scale.detach().cpu().clone()
+        tensors["loss_scale"] = scaler._scale
         tensors["loss_scale_counters"] = torch.tensor(
             [scaler._growth_step, scaler._hysteresis_step]
         )
-    save_file(tensors, path)
+    return tensors
 
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, path: Path) -> None:
-    """Restores what ``save_optimizer_state`` wrote for this process.
+    """Restores what ``optimizer_tensors`` gave for this process, from a file.
 
     Raises:
         DataError: the file belongs to another layout or model.

@@ -24,8 +24,8 @@ class Layout:
 
     data_size: int
     data_rank: int
-    # Among the processes that share a data rank, exactly one counts its tokens and exactly
-    # one reports its loss; with pipeline parallelism only the last stage has a loss.
+    # Among the processes that share a data rank, exactly one counts its tokens. Those that
+    # report a loss have a part of it each; with pipeline parallelism only the last stage has one.
     counts_tokens: bool
     reports_loss: bool
     # The process whose file of optimizer state is also this one's (itself if it is sharded).
@@ -33,6 +33,11 @@ class Layout:
     pipeline: bool
     # Sequences are padded to a multiple of this, so that they can be split.
     sequence_multiple: int
+    # Over how many ranks the plugin averages gradients.
+    gradient_ranks: int
+    # The processes among which the vocabulary, or the tokens of a row, are divided.
+    tensor_group: Any = None
+    sequence_group: Any = None
 
 
 def build_plugin(options: TrainOptions, accumulation_steps: int) -> Any:
@@ -44,7 +49,9 @@ def build_layout(options: TrainOptions, plugin: Any) -> Layout:
     """Where this process stands in ``plugin``."""
     rank, size = dist.get_rank(), dist.get_world_size()
     if options.plugin != "3d":
-        return Layout(size, rank, True, True, rank, pipeline=False, sequence_multiple=1)
+        return Layout(
+            size, rank, True, True, rank, pipeline=False, sequence_multiple=1, gradient_ranks=size
+        )
     mesh = plugin.pg_mesh
     tensor, pipe, sequence = (
         int(mesh.coordinate(axis)) for axis in (plugin.tp_axis, plugin.pp_axis, plugin.sp_axis)
@@ -60,10 +67,13 @@ def build_layout(options: TrainOptions, plugin: Any) -> Layout:
         data_size=size // (options.tp * options.pp * options.sp),
         data_rank=int(mesh.coordinate(plugin.dp_axis)),
         counts_tokens=first and pipe == 0,
-        reports_loss=first and pipe == options.pp - 1,
+        reports_loss=tensor == 0 and pipe == options.pp - 1,
         optimizer_owner=owner,
         pipeline=options.pp > 1,
         sequence_multiple=options.sp,
+        gradient_ranks=size // (options.tp * options.pp),
+        tensor_group=plugin.tp_group if options.tp > 1 else None,
+        sequence_group=plugin.sp_group if options.sp > 1 else None,
     )
 
 

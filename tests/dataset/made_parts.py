@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,10 @@ def _write(part: Path, rows: Sequence[RowData]) -> Part:
     lengths = [len(row.input_ids) for row in rows]
     path = part / ARROW_FILE
     files = {ARROW_FILE: ArrowFile(path.stat().st_size, sha256_file(path))}
-    return Part(len(rows), sum(lengths), max(lengths, default=0), {}, files)
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens[row.category] += len(row.input_ids)
+    return Part(len(rows), sum(lengths), max(lengths, default=0), dict(tokens), files)
 
 
 def plain(rows: Sequence[RowData | Mapping]) -> list[tuple]:

@@ -56,6 +56,33 @@ def test_every_row_is_what_was_written(output: Path, tokenizer: Path) -> None:
     assert rows.take([]) == []
 
 
+def test_place_of_a_row_is_where_it_lies(output: Path, tokenizer: Path) -> None:
+    """A user who looks there finds it; parts without rows are nobody's place."""
+    rows = open_parts([output], tokenizer, 64)
+    for index in (0, 1, 255, 256, 599, 600, 601, 800):
+        path, _, place = rows.where(index).rpartition(":")
+        assert plain([ArrowRows(Path(path)).row(int(place))]) == plain(rows.take([index]))
+    assert rows.where(601) == f"{output / 'part-00003' / ARROW_FILE}:0"
+
+
+def test_categories_and_longest_row_are_those_of_what_was_opened(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    def row(category: str, length: int) -> RowData:
+        ids = np.arange(length, dtype=np.int32)
+        return RowData(ids, ids, [length], category)
+
+    parts = [[row("zh", 3)], [row("code", 9), row("zh", 2)], [row("en", 20)]]
+    output = write_dataset(tmp_path / "categories", tokenizer, parts)
+    for names, categories, longest in (
+        (["part-00000"], ["zh"], 3),
+        (["part-00001", "part-00000"], ["code", "zh"], 9),
+        (["."], ["code", "en", "zh"], 20),
+    ):
+        rows = open_parts([output / name for name in names], tokenizer, 64)
+        assert (rows.categories, rows.longest_row) == (categories, longest)
+
+
 def test_rows_have_the_documented_form(output: Path, tokenizer: Path) -> None:
     (row,) = open_parts([output], tokenizer, 64).take([600])
     assert set(row) == {"input_ids", "labels", "document_lengths", "category"}

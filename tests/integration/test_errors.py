@@ -54,6 +54,13 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
+def flip(path: Path) -> None:
+    """Changes one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
 def cut(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -71,6 +78,7 @@ def spoil_data(mistakes: Mistakes) -> None:
     both = [str(world.pretrain / "part-00000"), str(world.sft / "part-00000")]
     mistakes.call("two-kinds", "--dataset", *both, "--max_length", "512")
     mistakes.call("twice", "--dataset", both[0], both[0])
+    mistakes.call("too-little", "--micro_batch_size", "1000000")
 
 
 def spoil_models(mistakes: Mistakes) -> None:
@@ -109,19 +117,32 @@ def spoil_checkpoints(mistakes: Mistakes) -> None:
     good = mistakes.checkpoint
     sft = mistakes.world.sft / "part-00000"
     mistakes.call("other-data", "--max_length", "512", "--load_checkpoint", str(good), data=sft)
-    for name, folder in (("no-optimizer", "optimizer"), ("no-weights-saved", "modeling")):
+    for name, folder in SPOILT.items():
         checkpoint = mistakes.copy(good, name)
-        for path in (checkpoint / folder).glob("*.safetensors"):
-            path.unlink()
+        path = next((checkpoint / folder).glob("*.safetensors"))
+        path.unlink() if name.startswith("no-") else flip(path)
         mistakes.call(name, "--load_checkpoint", str(checkpoint))
-    checkpoint = mistakes.copy(good, "cut-optimizer")
-    cut(next((checkpoint / "optimizer").iterdir()))
-    mistakes.call("cut-optimizer", "--load_checkpoint", str(checkpoint))
+    checkpoint = mistakes.copy(good, "cut-checksums")
+    cut(checkpoint / "checksums.json")
+    mistakes.call("cut-checksums", "--load_checkpoint", str(checkpoint))
+    other = mistakes.copy(mistakes.world.model, "other-model")
+    edit_json(other / "config.json", lambda config: config.update(num_key_value_heads=1))
+    mistakes.call("other-model", "--load_checkpoint", str(good), model=other)
+    mistakes.call("neither", "--load_checkpoint", str(good / "optimizer"))
     checkpoint = mistakes.copy(good, "version")
     edit_json(checkpoint / "running_states.json", lambda state: state.update(version=99))
     mistakes.call("version", "--load_checkpoint", str(checkpoint))
     mistakes.call("occupied", "--save_dir", str(mistakes.good_run))
 
+
+# Whose file is missing from a checkpoint, or has a bit that was changed.
+SPOILT = {
+    "no-optimizer": "optimizer",
+    "no-weights-saved": "modeling",
+    "no-random": "rng",
+    "flipped-optimizer": "optimizer",
+    "flipped-weights": "modeling",
+}
 
 # For each call: words of the one line that it has to end with.
 EXPECTED = {
@@ -130,6 +151,7 @@ EXPECTED = {
     "no-manifest": ("dataset_manifest.json", "no such file"),
     "two-kinds": ("sft dataset", "pretrain dataset"),
     "twice": ("part-00000", "twice"),
+    "too-little": ("rows", "1,000,000 of one step", "--micro_batch_size"),
     "few-rows": ("few-rows", "300 embedding rows", "pieces", "init_model"),
     "cut-weights": ("cut-weights", "cannot load the model"),
     "no-weights": ("no-weights", "cannot load the model"),
@@ -138,9 +160,14 @@ EXPECTED = {
     "no-tokenizer": ("no-tokenizer", "tokenizer"),
     "bad-config": ("config.json", "not JSON"),
     "other-data": ("epoch-", "other data", "modeling"),
-    "no-optimizer": ("epoch-", "rank 0", "missing"),
-    "no-weights-saved": ("modeling", "cannot load the model"),
-    "cut-optimizer": ("epoch-", "rank 0", "damaged"),
+    "no-optimizer": ("epoch-", "optimizer/rank-00000", "missing", "resume from another"),
+    "no-weights-saved": ("modeling/", "missing", "incomplete"),
+    "no-random": ("rng/rank-00000", "missing"),
+    "flipped-optimizer": ("optimizer/rank-00000", "damaged", "resume from another"),
+    "flipped-weights": ("modeling/", "damaged"),
+    "cut-checksums": ("checksums.json", "not JSON"),
+    "other-model": ("epoch-", "other-model", "num_key_value_heads", "there, 1 here"),
+    "neither": ("--load_checkpoint", "neither a checkpoint", "nor a model directory"),
     "version": ("running_states.json", "99"),
     "occupied": ("--save_dir", "another run", "--overwrite"),
 }
@@ -149,12 +176,14 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def mistakes(world: World, tmp_path_factory: pytest.TempPathFactory) -> Mistakes:
     found = Mistakes(world, tmp_path_factory.mktemp("mistakes"), {})
-    found.call("good", "--save_dir", str(found.good_run), "--micro_batch_size", "32")
+    found.call("good", "--save_dir", str(found.good_run), "--micro_batch_size", "16")
     good = [sys.executable, "train.py", *found.calls.pop("good")]
     assert "Traceback" not in call(good).stderr
     spoil_data(found)
     spoil_models(found)
     spoil_checkpoints(found)
+    more = ["--micro_batch_size", "16", "--max_steps", "3"]
+    found.call("other-seed", "--load_checkpoint", str(found.checkpoint), "--seed", "7", *more)
     return found
 
 
@@ -166,8 +195,20 @@ def results(mistakes: Mistakes) -> dict[str, tuple[int | str, str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_call_is_expected_to_fail(mistakes: Mistakes) -> None:
-    assert mistakes.calls.keys() == EXPECTED.keys()
+def test_every_call_is_expected(mistakes: Mistakes) -> None:
+    assert mistakes.calls.keys() == {*EXPECTED, "other-seed"}
+
+
+def test_another_order_of_the_data_is_a_warning(
+    mistakes: Mistakes, results: dict[str, tuple[int | str, str]]
+) -> None:
+    """What was trained on is counted in the new order, so rows may come twice, or not at all."""
+    code, said = results["other-seed"]
+    assert code == 0, said
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning: --seed")]
+    assert warning.startswith("warning: --seed was 42, now 7: the order of the data is another one")
+    state = json.loads((mistakes.checkpoint / "running_states.json").read_text(encoding="utf-8"))
+    assert f"the first {state['samples']:,} samples are left out" in warning
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,15 +1,21 @@
-"""Every plugin trains, saves, resumes bit for bit, and leaves what transformers loads.
+"""Every plugin computes what plain PyTorch does, resumes bit for bit, and leaves what loads.
 
-The rows of the table share two process groups: one trains all of them, one resumes all of them
-from the middle. What they should agree with is written down in ``plain_loop.py``.
+The trainings are those of ``table.py``; they share process groups: one trains all of them, one
+resumes all of them from the middle. What they have to agree with is ``plain_loop.py``.
+
+How close is close enough was measured (two kinds of CPU arithmetic, AMX and AVX2), and what a
+mistake does was tried out. With the tolerances below these are found: a gradient norm that is
+1.5 times too large, a token or a micro-batch left out, decay of norms, means over ranks in place
+of means over tokens, rotary frequencies in bf16, and masters that are rounded to bf16.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,93 +23,57 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.conftest import World, train_group
-from tests.integration.plain_loop import Step, train_plainly
+from tests.integration.plain_loop import PlainLoop, Run, Setting
+from tests.integration.table import MIDDLE, STEPS, TABLE, Row
 
 
-class Row(NamedTuple):
-    name: str
-    description: str
-    flags: str
+class Tolerance(NamedTuple):
+    """Largest relative differences to the plain loop; ``update`` is for each tensor."""
+
+    loss: float
+    grad_norm: float
+    update: float
 
 
-# Four rows a step for pretraining data, eight for conversations, however they are spread.
-EACH_2, EACH_4 = "--micro_batch_size 2", "--micro_batch_size 4"
-TWICE_1 = "--micro_batch_size 1 --accumulation_steps 2"
-TWICE_2 = "--micro_batch_size 2 --accumulation_steps 2"
-TWICE_4 = "--micro_batch_size 4 --accumulation_steps 2"
-BF16, FP32 = "--mixed_precision bf16", "--mixed_precision fp32"
-FROZEN = "--freeze_non_embeds_params"
-NEFT = "--use_neft"
-TABLE = [
-    Row("gemini", "ZeRO 3 in chunks", f"--plugin gemini {BF16} {EACH_2}"),
-    Row("gemini-twice", "accumulated gradients", f"--plugin gemini {BF16} {TWICE_1}"),
-    Row("gemini-frozen", "embeddings only", f"--plugin gemini {BF16} {EACH_2} {FROZEN}"),
-    Row("gemini-fp16", "with a loss scale", f"--plugin gemini {EACH_2}"),
-    Row("gemini_auto", "static placement on a CPU", f"--plugin gemini_auto {BF16} {EACH_2}"),
-    Row("zero2", "sharded gradients", f"--plugin zero2 {BF16} {EACH_2}"),
-    Row("zero2-twice", "accumulated gradients", f"--plugin zero2 {BF16} {TWICE_1}"),
-    Row("zero2-frozen", "embeddings only", f"--plugin zero2 {BF16} {EACH_2} {FROZEN}"),
-    Row("zero2-fp32", "full precision", f"--plugin zero2 {FP32} {EACH_2}"),
-    Row("zero2-fp16", "with a loss scale", f"--plugin zero2 {EACH_2}"),
-    Row(
-        "zero2-recompute", "checkpointing", f"--plugin zero2 {BF16} {EACH_2} --use_grad_checkpoint"
-    ),
-    Row("zero2-sft", "padded rows, noise", f"--plugin zero2 {BF16} {TWICE_2} {NEFT}"),
-    Row("zero2_cpu", "optimizer in host memory", f"--plugin zero2_cpu {BF16} {EACH_2}"),
-    Row("3d-zero0", "plain data parallel", f"--plugin 3d --zero 0 {BF16} {EACH_2}"),
-    Row("3d-zero1", "sharded optimizer", f"--plugin 3d --zero 1 {BF16} {EACH_2}"),
-    Row("3d-zero2", "sharded gradients", f"--plugin 3d --zero 2 {BF16} {EACH_2}"),
-    Row("3d-tp", "tensor parallel", f"--plugin 3d --tp 2 {BF16} {EACH_4}"),
-    Row("3d-tp-frozen", "embeddings only", f"--plugin 3d --tp 2 {BF16} {EACH_4} {FROZEN}"),
-    Row("3d-tp-fp16", "with a loss scale", f"--plugin 3d --tp 2 {EACH_4}"),
-    Row("3d-tp-fp32", "full precision", f"--plugin 3d --tp 2 {FP32} {EACH_4}"),
-    Row("3d-tp-sft", "padded rows, noise", f"--plugin 3d --tp 2 {BF16} {TWICE_4} {NEFT}"),
-    Row("3d-pp", "two stages", f"--plugin 3d --pp 2 {BF16} {TWICE_2}"),
-    Row("3d-pp-frozen", "embeddings only", f"--plugin 3d --pp 2 {BF16} {TWICE_2} {FROZEN}"),
-    Row("3d-pp-fp32", "full precision", f"--plugin 3d --pp 2 {FP32} {TWICE_2}"),
-    Row("3d-pp-sft", "padded rows, noise", f"--plugin 3d --pp 2 {BF16} {TWICE_4} {NEFT}"),
-    Row("3d-sp", "sequence parallel", f"--plugin 3d --sp 2 {BF16} {EACH_4}"),
-    Row("3d-sp-zero0", "without ZeRO", f"--plugin 3d --sp 2 --zero 0 {BF16} {EACH_4}"),
-    Row("3d-sp-sft", "padded rows, noise", f"--plugin 3d --sp 2 {BF16} {TWICE_4} {NEFT}"),
-]
-MIDDLE = 2
-GRAD_CLIP = 0.5
+# Sums of losses and of squares are taken in another order, some of them in float32. At the first
+# step nothing else may differ, and where the arithmetic is the same, at no step.
+EXACT = Tolerance(loss=1e-6, grad_norm=1e-5, update=0)
+# Matrix products differ in the last bits of float32, and Adam makes more of them.
+FP32 = Tolerance(loss=1e-5, grad_norm=1e-4, update=2e-3)
+# A master's last bit now and then turns a bit of a weight in bf16, and that spreads.
+NEARLY = Tolerance(loss=1e-3, grad_norm=5e-3, update=0.15)
+# Matrix products are sums of parts that are rounded to bf16, from the first step on.
+DIVIDED = Tolerance(loss=2e-3, grad_norm=1e-2, update=0.25)
 
 
-def _is_sft(row: Row) -> bool:
-    return row.name.endswith("-sft")
-
-
-def _part(world: World, row: Row) -> Path:
-    return (world.sft if _is_sft(row) else world.pretrain) / "part-00000"
-
-
-def _flags(world: World, row: Row, save_dir: Path) -> list[str]:
-    return [
-        *["--pretrained", str(world.model), "--dataset", str(_part(world, row))],
-        *["--save_dir", str(save_dir), "--save_interval", str(MIDDLE), "--max_length", "512"],
-        *["--lr", "0.01", "--warmup_steps", "1", "--grad_clip", str(GRAD_CLIP)],
-        *row.flags.split(),
-    ]
+def _tolerance(row: Row, step: int = STEPS) -> Tolerance:
+    if row.precision == "fp32":
+        return FP32
+    if row.is_divided:
+        return DIVIDED
+    starts_equal = step == 1 and row.feature_name not in ("apart", "tied")
+    return EXACT if row.is_exact or starts_equal else NEARLY
 
 
 @pytest.fixture(scope="module")
 def runs(world: World) -> World:
     """Trains every row straight through, then again from the middle in new processes."""
     out = world.out
-    train_group([_flags(world, row, out / row.name) for row in TABLE], out)
-    resumed = [
-        [
-            *_flags(world, row, out / f"{row.name}-resumed"),
-            *["--load_checkpoint", str(_checkpoints(out / row.name)[MIDDLE])],
-        ]
-        for row in TABLE
-    ]
-    by_row = {row.name: row for row in TABLE}
-    other = _flags(world, by_row["3d-tp"], out / "zero2-as-3d-tp")
-    middle = str(_checkpoints(out / "zero2")[MIDDLE])
-    said = train_group([*resumed, [*other, "--load_checkpoint", middle]], out)
-    (out / "said").write_text(said, encoding="utf-8")
+    for processes in sorted({row.plugin.processes for row in TABLE}):
+        rows = [row for row in TABLE if row.plugin.processes == processes]
+        train_group([row.flags(world, out / row.name) for row in rows], out, processes)
+        resumed = []
+        for row in rows:
+            middle = _checkpoints(out / row.name)[MIDDLE]
+            flags = row.flags(world, out / f"{row.name}-resumed")
+            resumed.append([*flags, "--load_checkpoint", str(middle)])
+        if processes == 2:
+            middle = _checkpoints(out / Row("zero2", "plain", "bf16").name)[MIDDLE]
+            flags = Row("3d-tp", "plain", "bf16").flags(world, out / "another-layout")
+            resumed.append([*flags, "--load_checkpoint", str(middle)])
+        said = train_group(resumed, out, processes)
+        if processes == 2:
+            (out / "said").write_text(said, encoding="utf-8")
     return world
 
 
@@ -111,7 +81,7 @@ def _checkpoints(save_dir: Path) -> dict[int, Path]:
     return {int(path.name.split("step-")[1]): path for path in save_dir.glob("epoch-*_step-*")}
 
 
-def _metrics(save_dir: Path) -> dict[int, dict[str, float]]:
+def _metrics(save_dir: Path) -> dict[int, dict[str, Any]]:
     lines = (save_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {record["step"]: record for record in map(json.loads, lines)}
 
@@ -120,6 +90,26 @@ def _last(save_dir: Path) -> Path:
     return save_dir / (save_dir / "latest").read_text(encoding="utf-8").strip()
 
 
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = sorted((checkpoint / "modeling").glob("*.safetensors"))
+    return {name: tensor for path in files for name, tensor in load_file(path).items()}
+
+
+@functools.cache
+def _plain(setting: Setting, rates: tuple[float, ...], scales: tuple[float | None, ...]) -> Run:
+    return PlainLoop(setting).run(rates, scales)
+
+
+def _plain_run(world: World, row: Row) -> Run:
+    """The plain loop at the learning rates and loss scales of the row's run."""
+    torch.set_num_threads(1)  # as the trainings
+    found = _metrics(world.out / row.name).values()
+    rates = tuple(record["learning_rate"] for record in found)
+    scales = tuple(record["loss_scale"] for record in found)
+    return _plain(row.setting(world), rates, scales)
+
+
+pytestmark = pytest.mark.timeout(1800)  # the fixture's, on a machine with other things to do
 by_name = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
 
 
@@ -127,9 +117,10 @@ by_name = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
 def test_resumed_run_equals_uninterrupted_one(runs: World, row: Row) -> None:
     straight, resumed = runs.out / row.name, runs.out / f"{row.name}-resumed"
     wanted, found = _metrics(straight), _metrics(resumed)
-    assert min(found) == MIDDLE + 1, "resumed at the wrong step"
+    assert list(found) == [*range(MIDDLE + 1, STEPS + 1)]
+    same = ("loss", "loss_by_category", "grad_norm", "learning_rate", "tokens", "loss_scale")
     for step in found:
-        for name in ("loss", "grad_norm", "learning_rate", "tokens", "loss_scale"):
+        for name in same:
             assert found[step][name] == wanted[step][name], (step, name)
     assert _last(straight).name == _last(resumed).name
     for folder in ("modeling", "optimizer", "rng"):
@@ -141,37 +132,39 @@ def test_resumed_run_equals_uninterrupted_one(runs: World, row: Row) -> None:
                 assert torch.equal(tensor, ours[name]), (folder, path.name, name)
 
 
-@functools.cache
-def _plain(
-    world: World, part: Path, rates: tuple[float, ...], *, frozen: bool, dtype: torch.dtype
-) -> list[Step]:
-    sft = part.parent == world.sft
-    return train_plainly(
-        world.model,
-        part,
-        list(rates),
-        batch_size=8 if sft else 4,
-        grad_clip=GRAD_CLIP,
-        frozen=frozen,
-        dtype=dtype,
-        noise_alpha=5.0 if sft else None,
-        seed=42,
-    )
+@by_name
+def test_every_step_agrees_with_plain_pytorch(runs: World, row: Row) -> None:
+    found, wanted = _metrics(runs.out / row.name), _plain_run(runs, row).steps
+    assert list(found) == [*range(1, STEPS + 1)]
+    for step, plain in zip(found.values(), wanted, strict=True):
+        tolerance = _tolerance(row, step["step"])
+        assert step["tokens"] == plain.tokens
+        assert step["loss"] == pytest.approx(plain.loss, rel=tolerance.loss), step["step"]
+        by_category = pytest.approx(plain.loss_by_category, rel=tolerance.loss)
+        assert step["loss_by_category"] == by_category, step["step"]
+        if math.isfinite(plain.grad_norm):
+            norm = pytest.approx(plain.grad_norm, rel=tolerance.grad_norm)
+            assert step["grad_norm"] == norm, step["step"]
+    categories = {name for step in wanted for name in step.loss_by_category}
+    assert categories == ({"sft"} if row.is_sft else {"code", "en"})
+    if row.clips:
+        norms = [step.grad_norm for step in wanted]
+        assert min(norms) < row.feature.grad_clip < max(norms), "it should bite here and there"
 
 
 @by_name
-def test_agrees_with_plain_pytorch(runs: World, row: Row) -> None:
-    found = _metrics(runs.out / row.name)
-    rates = tuple(found[step]["learning_rate"] for step in sorted(found))
-    dtype = torch.float32 if FP32 in row.flags else torch.bfloat16
-    wanted = _plain(runs, _part(runs, row), rates, frozen=FROZEN in row.flags, dtype=dtype)
-    assert max(step.grad_norm for step in wanted) > 2 * GRAD_CLIP, "clipping should bite"
-    # The first step starts from equal weights; after it half precision drifts apart.
-    assert found[1]["loss"] == pytest.approx(wanted[0].loss, rel=1e-3)
-    assert found[1]["grad_norm"] == pytest.approx(wanted[0].grad_norm, rel=1e-2)
-    drift = 1e-5 if FP32 in row.flags else 1e-2
-    for number, step in enumerate(wanted, 1):
-        assert found[number]["loss"] == pytest.approx(step.loss, rel=drift), number
+def test_weights_agree_with_plain_pytorch(runs: World, row: Row) -> None:
+    """The exported ones, after all steps; relative to how far the plain loop has moved them."""
+    found, plain = _weights(_last(runs.out / row.name)), _plain_run(runs, row)
+    tolerance = _tolerance(row)
+    for name, master in plain.after.items():
+        wanted = master.to(row.dtype)
+        assert found[name].dtype == wanted.dtype, name
+        if tolerance.update == 0:
+            assert torch.equal(found[name], wanted), name
+        moved = (master - plain.before[name]).norm()
+        error = (found[name].float() - wanted.float()).norm()
+        assert float(error / moved) <= tolerance.update, name
 
 
 @by_name
@@ -181,21 +174,58 @@ def test_checkpoint_loads_in_transformers(runs: World, row: Row) -> None:
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
-    source = AutoModelForCausalLM.from_pretrained(runs.model)
+    source = AutoModelForCausalLM.from_pretrained(row.model(runs))
     assert model.config.vocab_size == source.config.vocab_size
     tokenizer = AutoTokenizer.from_pretrained(directory)
     assert len(tokenizer) <= model.config.vocab_size
     # With it transformers may put another space before a text than the tokenizer's files do.
     assert "add_prefix_space" not in (directory / "tokenizer_config.json").read_text()
-    assert (tokenizer.chat_template is not None) == _is_sft(row)
-    frozen = FROZEN in row.flags
+    assert (tokenizer.chat_template is not None) == row.is_sft
     for name, tensor in model.state_dict().items():
         moved = not torch.equal(tensor, source.state_dict()[name])
-        assert moved == (not frozen or "embed_tokens" in name or "lm_head" in name), name
+        assert moved == (not row.frozen or "embed_tokens" in name or "lm_head" in name), name
+
+
+WITH_PIPELINE = [row for row in TABLE if row.has_pipeline]
+
+
+@pytest.mark.parametrize("row", WITH_PIPELINE, ids=[row.name for row in WITH_PIPELINE])
+def test_pipeline_reports_every_metric(runs: World, row: Row) -> None:
+    feature = "clipped" if row.feature_name == "fused" else row.feature_name
+    precision = "fp16" if row.precision == "fp16" else "bf16"
+    other = _metrics(runs.out / Row("zero2", feature, precision).name)
+    for step, found in _metrics(runs.out / row.name).items():
+        assert found.keys() == other[step].keys()
+        assert found["learning_rate"] == other[step]["learning_rate"]
+        assert found["tokens"] == other[step]["tokens"]
+        for name in ("loss", "grad_norm"):
+            assert found[name] == pytest.approx(other[step][name], rel=2e-2), name
+        for name in ("tokens_per_second", "tokens_per_second_per_device", "seconds", "memory"):
+            assert found[name] > 0, name
+
+
+IN_FP16 = [row for row in TABLE if row.precision == "fp16"]
+
+
+@pytest.mark.parametrize("row", IN_FP16, ids=[row.name for row in IN_FP16])
+def test_loss_scale_is_searched_for(runs: World, row: Row) -> None:
+    """Some updates are left out, or these rows would say nothing of that; most are made."""
+    scales = {step["loss_scale"] for step in _metrics(runs.out / row.name).values()}
+    assert len(scales) > 1
+    norms = [step.grad_norm for step in _plain_run(runs, row).steps]
+    assert 0 < sum(not math.isfinite(norm) for norm in norms) < STEPS / 2
+
+
+def test_documents_apart_are_another_loss(runs: World) -> None:
+    together, apart = (
+        _metrics(runs.out / Row("zero2", feature, "fp32").name) for feature in ("clipped", "apart")
+    )
+    assert apart[1]["loss"] != pytest.approx(together[1]["loss"], rel=1e-4)
 
 
 def test_another_layout_goes_on_with_the_same_weights_and_rows(runs: World) -> None:
-    wanted, found = _metrics(runs.out / "zero2"), _metrics(runs.out / "zero2-as-3d-tp")
+    wanted = _metrics(runs.out / Row("zero2", "plain", "bf16").name)
+    found = _metrics(runs.out / "another-layout")
     assert found.keys() == {step for step in wanted if step > MIDDLE}
     assert found[MIDDLE + 1]["loss"] == pytest.approx(wanted[MIDDLE + 1]["loss"], rel=2e-3)
     for step in found:

@@ -13,7 +13,11 @@ import torch
 
 from colossal_llama import command
 from colossal_llama.runtime.distributed import distributed
+from colossal_llama.training import plugins
 from colossal_llama.training.train import TrainOptions, train
+
+# So high that a small model's gradients overflow: the search for a scale is part of a run.
+plugins.INITIAL_LOSS_SCALE = 2.0**19
 
 
 def main() -> None:

@@ -301,6 +301,23 @@ def test_settings_and_tokenizer_come_along(
         assert (target / name).read_bytes() == (new_tokenizer / name).read_bytes()
 
 
+def test_which_rows_are_new_is_noted_beside_the_model(
+    make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Training reads there what --train_new_rows_only leaves as it is."""
+    source, tokenizer = make_source(), tmp_path / "tokenizer"
+    shutil.copytree(new_tokenizer, tokenizer)
+    for name, report in (("a", None), ("b", {"size_before": 3, "pieces_added": 7})):
+        (tokenizer / "extension_report.json").unlink(missing_ok=True)
+        if report is not None:
+            (tokenizer / "extension_report.json").write_text(json.dumps(report))
+        assert extend(source, tokenizer, tmp_path / name) == 0
+        noted = json.loads((tmp_path / name / "extension_report.json").read_text())
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        sizes = {"size_before": OLD_SIZE, "size_after": config["vocab_size"]}
+        assert noted == {**(report or {}), **sizes}
+
+
 def test_a_missing_generation_config_is_made(
     make_source: Callable[..., Path], new_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -132,8 +132,9 @@ def gemini(chunks: str, **settings: Any) -> Any:
     # Models smaller than one chunk of the smallest size are kept whole.
     smallest = 32 if chunks == "gathered" else WIDTH * WIDTH / 2**20
     return GeminiPlugin(
-        precision="bf16", placement_policy="static", pin_memory=False, enable_async_reduce=False,
-        min_chunk_size_m=smallest, search_range_m=1, hidden_dim=WIDTH, **settings,
+        placement_policy="static", pin_memory=False, enable_async_reduce=False,
+        min_chunk_size_m=smallest, search_range_m=1, hidden_dim=WIDTH,
+        **{"precision": "bf16", **settings},
     )  # fmt: skip
 
 
@@ -164,19 +165,28 @@ def gemini_accumulation() -> dict[str, float]:
     }
 
 
-def loss_in_fp32() -> dict[str, Any]:
-    from colossalai.shardformer import ShardConfig
-    from colossalai.shardformer.modeling import llama as modeling
+def gemini_skipped_step() -> list[bool]:
+    """A loss too large for fp16 at the first step, of two micro-batches, then sound ones."""
+    plugin = gemini("gathered", precision="fp16", enable_gradient_accumulation=True)
+    booster, model, optimizer = boosted(plugin, layers(torch.float16))
+    chunks = optimizer.chunk_manager
+    overflows = []
+    for factor in (1e5, 1.0, 1.0):
+        for _ in range(2):
+            booster.backward(model(inputs().half()).float().square().mean() * factor, optimizer)
+        overflows.append(int(chunks.overflow_counter) > 0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return overflows
 
-    torch.manual_seed(0)
-    logits = torch.randn(2, 16, 128).to(torch.bfloat16)
-    labels = torch.randint(128, (2, 16))
-    config = ShardConfig(enable_tensor_parallelism=False)
-    loss = modeling.dist_cross_entropy(labels, logits, config, 128, torch.bfloat16)
-    exact = nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten()
-    )
-    return {"dtype": str(loss.dtype), "error": abs(float(loss) - float(exact))}
+
+def gemini_saved_dtype() -> dict[str, list[str]]:
+    """The dtypes of what is saved, where master weights stand in for the working ones."""
+    found = {}
+    for chunks in ("gathered", "sharded"):
+        _, model, _ = boosted(gemini(chunks), layers())
+        found[chunks] = sorted({str(tensor.dtype) for tensor in model.state_dict().values()})
+    return found
 
 
 def detached_padding() -> list[int]:
@@ -293,7 +303,8 @@ CHECKS = (
     (zero_device_check, patches.zero_device_check),
     (gemini_chunk_placement, patches.gemini_chunk_placement),
     (gemini_accumulation, patches.gemini_accumulation),
-    (loss_in_fp32, patches.loss_in_fp32),
+    (gemini_skipped_step, patches.gemini_skipped_step),
+    (gemini_saved_dtype, patches.gemini_saved_dtype),
     (detached_padding, patches.detached_padding),
     (scaled_bf16_gradients, patches.scaled_bf16_gradients),
 )

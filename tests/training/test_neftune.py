@@ -35,6 +35,10 @@ def batch(samples: list[int], width: int | None = None) -> dict[str, torch.Tenso
     return {"input_ids": ids, "attention_mask": (positions < lengths[:, None]).long()}
 
 
+def lengths_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return inputs["attention_mask"].sum(dim=1)
+
+
 def noise_of(
     micro_batches: list[dict[str, torch.Tensor]],
     first: int = 0,
@@ -48,11 +52,12 @@ def noise_of(
     noisy.start_step(first)
     found = []
     for inputs in micro_batches:
+        lengths = lengths_of(inputs)
+        noisy.expect(lengths)
         noise = model(**inputs).detach() - plain[inputs["input_ids"]]
         padding = inputs["attention_mask"] == 0
         assert not noise[padding].any(), "padding got noise"
-        lengths = inputs["attention_mask"].sum(dim=1).tolist()
-        found += [row[:length] for row, length in zip(noise, lengths, strict=True)]
+        found += [row[:length] for row, length in zip(noise, lengths.tolist(), strict=True)]
     return found
 
 
@@ -109,22 +114,21 @@ def test_noise_does_not_disturb_other_random_numbers() -> None:
         torch.manual_seed(0)
         model = Model()
         if alpha:
-            NoisyEmbeddings(model, alpha, seed=1)
+            NoisyEmbeddings(model, alpha, seed=1).expect(lengths_of(batch([0, 1])))
         model(**batch([0, 1]))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
 
 
 def test_evaluation_has_no_noise() -> None:
-    model = Model().eval()
-    NoisyEmbeddings(model, 5.0, seed=1)
-    inputs = batch([0, 1])
+    model, inputs = Model().eval(), batch([0, 1])
+    NoisyEmbeddings(model, 5.0, seed=1).expect(lengths_of(inputs))
     assert torch.equal(model(**inputs), model.embeddings.weight[inputs["input_ids"]])
 
 
 def test_weights_and_what_is_saved_stay_as_they_are() -> None:
     model, clean = Model(torch.bfloat16), Model(torch.bfloat16)
-    NoisyEmbeddings(model, 5.0, seed=1)
+    NoisyEmbeddings(model, 5.0, seed=1).expect(lengths_of(batch([0, 1])))
     assert model(**batch([0, 1])).dtype == torch.bfloat16
     assert model.state_dict().keys() == clean.state_dict().keys()
     assert torch.equal(model.embeddings.weight, clean.embeddings.weight)
@@ -132,7 +136,7 @@ def test_weights_and_what_is_saved_stay_as_they_are() -> None:
 
 def test_noise_reaches_the_gradients_of_the_embeddings() -> None:
     model = Model()
-    NoisyEmbeddings(model, 5.0, seed=1)
+    NoisyEmbeddings(model, 5.0, seed=1).expect(lengths_of(batch([0])))
     model(**batch([0])).square().sum().backward()
     assert model.embeddings.weight.grad is not None
     used = model.embeddings.weight.grad.abs().sum(dim=1) > 0
@@ -152,9 +156,12 @@ def test_a_llama_gets_the_noise() -> None:
     inputs = batch([0, 1])
     clean = llama(**inputs).logits
     noisy = NoisyEmbeddings(llama, 5.0, seed=1)
+    noisy.expect(lengths_of(inputs))
     noisy.start_step(0)
     first = llama(**inputs).logits
-    noisy.start_step(0)
     assert not torch.allclose(clean, first)
-    assert torch.equal(first, llama(**inputs).logits)
+    # As a pipeline hands it on: among the model's own arguments.
+    noisy.expect(torch.tensor([]))
+    noisy.start_step(0)
+    assert torch.equal(first, llama(**inputs, length=lengths_of(inputs)).logits)
     assert torch.equal(clean, llama.eval()(**inputs).logits)

@@ -1,0 +1,72 @@
+"""Writes a process's tensors of a checkpoint, at once or in the background, with checksums."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from colossal_llama import storage
+from colossal_llama.training.tensor_file import checksum, save_file
+
+__all__ = ["FileWriter", "checksum"]
+
+
+@dataclass
+class FileWriter:
+    """Takes tensors, writes them to safetensors files, and knows the files' checksums.
+
+    An error does not leave ``write``, because other processes may be waiting for this one in
+    the midst of a collective: it is kept in ``error``, with the file in ``failed``, and what
+    follows is not written.
+
+    Args:
+        late: ``write`` only copies the tensors into host memory; a thread that ``start`` starts
+            writes them.
+    """
+
+    late: bool = False
+    error: Exception | None = None
+    failed: Path | None = None
+    checksums: dict[Path, str] = field(default_factory=dict)
+    _waiting: list[tuple[dict[str, torch.Tensor], Path]] = field(default_factory=list)
+    _thread: threading.Thread | None = None
+
+    def write(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+        """Writes ``tensors`` to ``path``; the file is on the disk after ``finish``."""
+        if self.late:
+            copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            self._waiting.append((copies, path))
+        elif self.error is None:
+            self._write({name: t.detach().cpu() for name, t in tensors.items()}, path)
+
+    def start(self) -> None:
+        """Begins to write what was taken late."""
+        self._thread = threading.Thread(target=self._write_all, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything is written, or an error has ended that."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def finish(self) -> None:
+        """Waits until everything is written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write_all(self) -> None:
+        while self._waiting and self.error is None:
+            self._write(*self._waiting.pop(0))
+        self._waiting.clear()
+
+    def _write(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        try:
+            sum_ = save_file(tensors, path)
+            storage.fsync_file(path)
+            self.checksums[path] = sum_
+        except Exception as error:  # any: without this file the checkpoint is incomplete
+            self.error, self.failed = error, path

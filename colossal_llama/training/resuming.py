@@ -1,0 +1,110 @@
+"""Goes on where a checkpoint ends, and says what cannot be carried over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from colossal_llama import storage
+from colossal_llama.errors import DataError
+from colossal_llama.training import parameters
+from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.boosting import Boosted
+from colossal_llama.training.checkpoint import restore, verify
+from colossal_llama.training.loading import check_same_model, say
+from colossal_llama.training.lora import base_directory
+from colossal_llama.training.state import (
+    RunningState,
+    is_checkpoint,
+    newest_checkpoint,
+    read_running_state,
+)
+
+
+def checkpoint_to_load(options: TrainOptions) -> Path | None:
+    """The checkpoint of the run that is resumed; None for a new run."""
+    load = options.load_checkpoint
+    if load == "auto":
+        return newest_checkpoint(options.save_dir)
+    return Path(load) if load is not None and is_checkpoint(Path(load)) else None
+
+
+def weights_directory(options: TrainOptions, resumed: Path | None) -> Path:
+    """Where the weights to start from are."""
+    if resumed is not None:
+        return base_directory(options, resumed) if options.lora_rank else resumed / "modeling"
+    load = options.load_checkpoint
+    return options.pretrained if load in (None, "auto") else Path(load)
+
+
+def initial_state(
+    options: TrainOptions, fingerprints: list[str], resumed: Path | None
+) -> RunningState:
+    """The state of the checkpoint that is resumed, or that of a new run.
+
+    Raises:
+        DataError: the checkpoint is damaged, of another model, or was made with other data.
+    """
+    state = new_state(options, fingerprints)
+    if resumed is None:
+        return state
+    saved = read_running_state(resumed)
+    if saved.config_fingerprint != state.config_fingerprint:
+        check_same_model(resumed, options.pretrained)
+    verify(resumed)
+    if saved.dataset_fingerprints != state.dataset_fingerprints:
+        raise DataError(
+            f"{resumed} was trained on other data than --dataset names; resume with the same parts "
+            f"in the same order, or start a new stage with --load_checkpoint {resumed / 'modeling'}"
+        )
+    state.epoch, state.step = saved.epoch, saved.step
+    state.samples, state.tokens = saved.samples, saved.tokens
+    state.callbacks = saved.callbacks
+    return state
+
+
+def new_state(options: TrainOptions, fingerprints: list[str]) -> RunningState:
+    """The state of a run that has not begun."""
+    return RunningState(
+        world_size=dist.get_world_size(),
+        plugin=options.plugin,
+        layout={
+            "tp": options.tp,
+            "pp": options.pp,
+            "sp": options.sp,
+            "zero_stage": options.zero_stage,
+        },
+        mixed_precision=options.mixed_precision,
+        trained=parameters.describe(options),
+        order={
+            "seed": options.seed,
+            "data_order": options.data_order,
+            "dataset_weights": options.dataset_weights,
+        },
+        config_fingerprint=storage.sha256_file(options.pretrained / "config.json"),
+        dataset_fingerprints=fingerprints,
+    )
+
+
+def resume(checkpoint: Path, state: RunningState, boosted: Boosted) -> None:
+    """Restores optimizer and random states, and says what cannot be carried over."""
+    saved = read_running_state(checkpoint)
+    changed = [
+        f"--{name} was {saved.order.get(name)}, now {value}"
+        for name, value in state.order.items()
+        if saved.order.get(name) != value
+    ]
+    if changed:
+        say(
+            f"warning: {'; '.join(changed)}: the order of the data is another one, of which the "
+            f"first {state.samples:,} samples are left out"
+        )
+    if saved.identity() == state.identity():
+        restore(checkpoint, boosted.optimizer, boosted.layout)
+    else:
+        say(
+            f"warning: {checkpoint} was written by {saved.identity()}, this is "
+            f"{state.identity()}: weights (in half precision) and data position are carried "
+            "over, the optimizer's moments start anew"
+        )
