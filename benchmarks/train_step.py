@@ -16,18 +16,19 @@ On CUDA: tokens/s, model FLOPs utilisation and memory with each of --use_flash_a
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from training_world import OWN_SHAPE, BareLoop, OurLoop, World, make_world
+from training_world import OWN_SHAPE, BareLoop, OurLoop, World, collated, make_world
 
 from colossal_llama.model.configuration import preset_names
 from colossal_llama.storage import fsync_file
@@ -38,9 +39,10 @@ PLUGINS = {
     "gemini": ["--plugin", "gemini"],
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 3  # steps that are not counted
 CUDA_PRESETS = {"tinyllama-1.1b": 32_000, "hammerllm-1.4b": 105_789}  # and their ids
 CUDA_LENGTH = 2048
+CUDA_FLAGS = ("--use_flash_attn", "--torch_compile", "--fused_loss")
 
 
 @dataclass
@@ -69,8 +71,9 @@ def main() -> None:
     # What the trainer says goes where the progress bars go.
     with temporary as work, distributed(0), redirect_stdout(sys.stderr):
         if torch.cuda.is_available():
+            tell(CUDA_HEADER)
             for preset, ids in CUDA_PRESETS.items():
-                measure_cuda(Path(work), preset, ids, arguments)
+                measure_cuda(Path(work) / preset, preset, ids, arguments)
             return
         tell(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {work}\n")
         if arguments.steps:
@@ -141,7 +144,7 @@ def measure_steps(work: Path, precision: str, arguments: argparse.Namespace) -> 
         for n, name in enumerate(arguments.plugins)
     }
     bare = BareLoop(world, DTYPES[precision], "cpu")
-    batches = next(iter(ours.values())).batches(WARM_UP + arguments.steps)
+    batches = collated(world, arguments.rows, WARM_UP + arguments.steps)
     seconds = {name: Seconds() for name in ("bare", *ours)}
     losses: dict[str, list[float]] = {name: [] for name in seconds}
     for number, batch in enumerate(batches):
@@ -245,7 +248,6 @@ def plain_write(loop: OurLoop, directory: Path) -> float:
     return time.perf_counter() - started
 
 
-
 def remove(directory: Path) -> None:
     """Removes a directory; the disk has forgotten it before what comes next is timed."""
     shutil.rmtree(directory)
@@ -286,6 +288,100 @@ def save_row(name: str, own: list[float], plain: list[float]) -> str:
 def quartiles(values: Sequence[float]) -> list[float]:
     """The quartiles of ``values``, thrice the only value of one."""
     return statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
+
+
+# Tokens a second on CUDA.
+
+CUDA_HEADER = "| model | loop | tokens/s | / bare | MFU | memory, GiB |\n|---|---|---|---|---|---|"
+
+
+def measure_cuda(work: Path, preset: str, ids: int, arguments: argparse.Namespace) -> None:
+    """Prints a row for the bare loop, for every choice of flags, and for the bare loop again."""
+    work.mkdir()
+    steps = WARM_UP + arguments.steps
+    world = make_world(
+        work, preset, "bfloat16", vocab_size=ids, rows=steps * arguments.rows, length=CUDA_LENGTH
+    )
+    tokens = arguments.rows * CUDA_LENGTH
+    bare = run_cuda(bare_loop(world, arguments.rows, steps), arguments.steps)
+    tell(cuda_row(world, preset, "bare", tokens, bare, bare))
+    choices = itertools.product((False, True), repeat=len(CUDA_FLAGS))
+    for number, (chosen, plugin) in enumerate(itertools.product(choices, arguments.plugins)):
+        on = [flag for flag, wanted in zip(CUDA_FLAGS, chosen, strict=True) if wanted]
+        flags = [*PLUGINS[plugin], "--mixed_precision", "bf16", "--save_interval", "0", *on]
+        flags += ["--micro_batch_size", str(arguments.rows)]
+        found = run_cuda(our_loop(world, work / f"run-{number}", flags), arguments.steps)
+        tell(cuda_row(world, preset, " ".join([plugin, *on]), tokens, found, bare))
+    again = run_cuda(bare_loop(world, arguments.rows, steps), arguments.steps)
+    tell(cuda_row(world, preset, "bare, again", tokens, again, bare))
+
+
+@contextmanager
+def bare_loop(world: World, rows: int, steps: int) -> Iterator[Callable[[], float]]:
+    """Gives a function that takes a step of the bare loop."""
+    loop, batches = BareLoop(world, "bfloat16", "cuda"), collated(world, rows, steps)
+    yield lambda: loop.step(next(batches))
+
+
+@contextmanager
+def our_loop(world: World, save_dir: Path, flags: Sequence[str]) -> Iterator[Callable[[], float]]:
+    """Gives a function that takes a step of the trainer."""
+    loop = OurLoop(world, save_dir, flags)
+    try:
+        yield loop.step
+    finally:
+        loop.close()
+
+
+def run_cuda(
+    loop: AbstractContextManager[Callable[[], float]], steps: int
+) -> tuple[float, int] | None:
+    """Seconds a step, and the most bytes that were allocated; None if memory did not suffice."""
+    import torch
+
+    # Of the loop before: what an exception held on to is free only now.
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        with loop as step:
+            for _ in range(WARM_UP):
+                step()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            for _ in range(steps):
+                step()
+            torch.cuda.synchronize()
+            seconds = (time.perf_counter() - started) / steps
+            return seconds, torch.cuda.max_memory_allocated()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def cuda_row(
+    world: World,
+    preset: str,
+    name: str,
+    tokens: int,
+    found: tuple[float, int] | None,
+    bare: tuple[float, int] | None,
+) -> str:
+    """A row of the table, for steps of ``tokens`` tokens."""
+    import torch
+    from transformers import AutoConfig
+
+    from colossal_llama.training.throughput import flops_per_token, peak_flops
+
+    if found is None:
+        return f"| {preset} | {name} | out of memory | | | |"
+    seconds, memory = found
+    per_second = tokens / seconds
+    ratio = "" if bare is None else f"{bare[0] / seconds:.2f}"
+    flops = flops_per_token(AutoConfig.from_pretrained(world.model), world.length)
+    peak = peak_flops(torch.cuda.get_device_name(), "bf16")
+    share = "" if peak is None else f"{per_second * flops / peak:.1%}"
+    return f"| {preset} | {name} | {per_second:,.0f} | {ratio} | {share} | {memory / 2**30:.1f} |"
 
 
 if __name__ == "__main__":

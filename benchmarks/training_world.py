@@ -38,6 +38,7 @@ OWN_FIELDS = {
     "tie_word_embeddings": False,
 }
 LEARNING_RATE, WEIGHT_DECAY, GRAD_CLIP, BETAS = 1e-4, 0.1, 1.0, (0.9, 0.95)
+SEED = 42
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ def make_world(
 
     tokenizer = _tokenizer(directory / "tokenizer")
     fields = OWN_FIELDS if preset == OWN_SHAPE else read_fields(preset_path(preset))
-    config = AutoConfig.for_model(
-        **{**fields, **token_fields(tokenizer), "vocab_size": vocab_size}
-    )
+    config = AutoConfig.for_model(**{**fields, **token_fields(tokenizer), "vocab_size": vocab_size})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, torch_dtype=getattr(torch, dtype))
     model.save_pretrained(directory / "model")
@@ -133,6 +132,7 @@ class OurLoop:
             "lr_schedule": "constant",
             "warmup_steps": 0,
             "max_steps": 10**6,
+            "seed": SEED,
         }
         given = [str(x) for name, v in {**paths, **numbers}.items() for x in (f"--{name}", v)]
         with contextlib.redirect_stdout(sys.stderr):
@@ -155,11 +155,17 @@ class OurLoop:
             callback.run_ends(self.trainer)
         self.trainer.log.close()
 
-    def batches(self, steps: int) -> Iterator[list[dict[str, Any]]]:
-        """The micro-batches of each of the first ``steps`` steps."""
-        size = self.trainer.sampler.batch_size
-        for step in range(steps):
-            yield self.trainer.batches.make(self.trainer.sampler.batch(step * size))
+
+def collated(world: World, rows: int, steps: int) -> Iterator[dict[str, Any]]:
+    """The batches of ``rows`` rows that a trainer sees in its first ``steps`` steps."""
+    from colossal_llama.dataset.collator import collate
+    from colossal_llama.dataset.loader import open_parts
+    from colossal_llama.dataset.sampler import GlobalSampler
+
+    data = open_parts([world.data], world.model, world.length)
+    sampler = GlobalSampler(data.datasets, SEED, rows)
+    for step in range(steps):
+        yield collate(data.take(sampler.batch(step * rows)), pad_id=0)
 
 
 class BareLoop:
@@ -188,17 +194,12 @@ class BareLoop:
         self._optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
         self._device = device
 
-    def step(self, micro_batches: Sequence[dict[str, Any]]) -> float:
-        """One optimizer step over collated ``micro_batches``; returns the loss."""
-        import torch
-
-        total = torch.zeros((), device=self._device)
-        for batch in micro_batches:
-            loss = self._loss(batch) / len(micro_batches)
-            loss.backward()
-            total += loss.detach()
+    def step(self, batch: dict[str, Any]) -> float:
+        """One optimizer step over a collated batch; returns the loss."""
+        loss = self._loss(batch)
+        loss.backward()
         self._update()
-        return float(total)
+        return float(loss)
 
     def _loss(self, batch: dict[str, Any]) -> Any:
         from torch.nn import functional as F

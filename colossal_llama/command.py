@@ -212,6 +212,8 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", help="YAML file of flags; flags given here override it")
     sections: dict[str, str] = getattr(options_type, "SECTIONS", {})
+    if sections:  # too many to be listed twice
+        parser.usage = f"{parser.prog} {_required(options_type)} [--flags]"
     section: argparse._ActionsContainer = parser
     for field in _fields(options_type):
         if field.name in sections:
@@ -236,6 +238,12 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
         else:
             section.add_argument(f"--{field.name}", *field.metadata["names"], **settings)
     return parser
+
+
+def _required(options_type: type) -> str:
+    """The flags that have to be given, as a usage line shows them."""
+    required = [field for field in _fields(options_type) if field.default is _REQUIRED]
+    return " ".join(f"{_spelling(field)} {field.name.upper()}" for field in required)
 
 
 def _with_bare_booleans(options_type: type, argv: Sequence[str]) -> list[str]:

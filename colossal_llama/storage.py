@@ -138,11 +138,19 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented UTF-8 JSON with sorted keys, atomically."""
+def write_json(path: Path, value: Any, *, atomically: bool = True) -> None:
+    """Writes ``value`` as indented UTF-8 JSON with sorted keys.
+
+    Args:
+        atomically: flushed, and complete or absent; not needed inside a directory that is itself
+            flushed and renamed when it is complete.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    if not atomically:
+        path.write_text(text, encoding="utf-8")
+        return
     with atomic_file(path) as temporary:
-        text = json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -167,7 +167,9 @@ class TrainOptions:
         "is one; or a model directory (such as a checkpoint's modeling/), whose weights start a "
         "new stage",
     )
-    save_interval: int = option(1000, help="steps between checkpoints; 0 saves at epoch ends only")
+    save_interval: int = option(
+        1000, help="steps between checkpoints; 0: only at epoch ends, and when it ends"
+    )
     save_dir: Path = option(Path("checkpoint_dir"), help="where checkpoints and metrics go")
     keep_last: int = option(0, help="checkpoints that are kept, older ones are removed; 0: all")
     async_save: bool = option(
@@ -202,7 +204,7 @@ class TrainOptions:
     eval_interval: int = option(500, help="steps between evaluations; one more is at the end")
 
     max_bad_steps: int = option(
-        3, help="batches in a row with a loss or gradient that is not finite before the run stops"
+        3, help="batches in a row that may have a loss or gradient that is not finite"
     )
     loss_spike_sigma: float = option(
         6.0, help="standard deviations above the last 100 losses that make a spike; 0: none do"

@@ -148,8 +148,8 @@ class CheckpointFiles:
         return self.save_dir / f".{checkpoint_name(state)}.tmp"
 
     def _write_small_files(self, temporary: Path, state: RunningState) -> None:
-        storage.write_json(temporary / "lr_scheduler", asdict(self.schedule))
-        storage.write_json(temporary / STATE_FILE, asdict(state))
+        storage.write_json(temporary / "lr_scheduler", asdict(self.schedule), atomically=False)
+        storage.write_json(temporary / STATE_FILE, asdict(state), atomically=False)
 
     def _publish(self, temporary: Path, final: Path, written: dict[str, str]) -> None:
         others = [
@@ -159,8 +159,7 @@ class CheckpointFiles:
         ]
         for path in others:  # small ones
             written[str(path.relative_to(temporary))] = checksum(path)
-            storage.fsync_file(path)
-        storage.write_json(temporary / CHECKSUM_FILE, written)
+        storage.write_json(temporary / CHECKSUM_FILE, written, atomically=False)
         storage.replace_directory(temporary, final)
         self._point_at(final)
 

@@ -75,7 +75,7 @@ def _write_merged(adapter: Adapter, modeling: Path, writer: FileWriter) -> None:
     save_config_file(adapter.model, str(modeling))
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": file_of}
-        storage.write_json(modeling / INDEX_FILE, index)
+        storage.write_json(modeling / INDEX_FILE, index, atomically=False)
 
 
 def tied_copies(model: Any) -> set[str]:
@@ -96,7 +96,7 @@ def _leave_out(names: set[str], index_path: Path) -> None:
         index["weight_map"].pop(name, None)
     # Only a hint for who loads, and the left out tensors were counted in it.
     index["metadata"].pop("total_size", None)
-    storage.write_json(index_path, index)
+    storage.write_json(index_path, index, atomically=False)
 
 
 def finish_model_directory(directory: Path, tokenizer: Any) -> None:
@@ -105,7 +105,7 @@ def finish_model_directory(directory: Path, tokenizer: Any) -> None:
     drop_prefix_setting(directory / "tokenizer_config.json")
     config = storage.read_json(directory / "config.json")
     config["use_cache"] = True  # off in training; generation without it takes ages
-    storage.write_json(directory / "config.json", config)
+    storage.write_json(directory / "config.json", config, atomically=False)
     _stop_after_turns(directory / "generation_config.json", tokenizer)
 
 
@@ -127,4 +127,4 @@ def _stop_after_turns(path: Path, tokenizer: Any) -> None:
         return
     settings = storage.read_json(path) if path.is_file() else {}
     settings["eos_token_id"] = [i for i in (tokenizer.eos_token_id, end) if i is not None]
-    storage.write_json(path, settings)
+    storage.write_json(path, settings, atomically=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,7 @@ FEATURES = {
     "sft": Feature("padded rows, noise, all at once", "--use_neft", True, 1.2),
     "apart": Feature("documents do not see each other", "--attention_across_documents false"),
     "fused": Feature("head and loss in one", "--fused_loss"),
+    "compiled": Feature("torch.compile, without its C++", "--torch_compile"),
 }
 
 
@@ -186,6 +188,8 @@ def _rows(plugins: Iterable[str], precision: str, features: Iterable[str]) -> It
 _WHOLE = ("gemini", "zero2", "zero2_cpu", "3d-zero0", "3d-zero1", "3d-pp")
 # These divide matrices or rows, and are best compared in full precision.
 _DIVIDED = ("3d-tp", "3d-sp")
+# The flag is refused where there is no compiler, although the worker makes torch do without.
+_COMPILING = ("zero2",) if shutil.which("g++") or shutil.which("clang++") else ()
 _ALL = ("clipped", "twice", "frozen", "tied", "recompute", "sft")
 TABLE = [
     *_rows(_WHOLE, "bf16", _ALL),
@@ -200,6 +204,7 @@ TABLE = [
     *_rows(["gemini", "3d-zero1"], "bf16", ["apart"]),
     *_rows(["zero2", "3d-zero0", "3d-tp"], "fp32", ["apart"]),
     *_rows(["zero2", "3d-zero0", "3d-pp", "3d-sp"], "fp32", ["fused"]),
+    *_rows(_COMPILING, "fp32", ["compiled"]),
     # What one training hands to another, in another layout.
     *_rows(["zero2"], "bf16", ["plain"]),
     # Four processes.

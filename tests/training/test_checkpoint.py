@@ -138,12 +138,12 @@ def test_name_appears_after_everything_is_written(
 ) -> None:
     seen = []
 
-    def look(original: Callable[..., None], *arguments: Any) -> None:
+    def look(*arguments: Any, **settings: Any) -> None:
         seen.append(list(tmp_path.glob("epoch-*")) + list(tmp_path.glob("latest")))
-        original(*arguments)
+        original(*arguments, **settings)
 
     original = getattr(storage, step)
-    monkeypatch.setattr(storage, step, lambda *arguments: look(original, *arguments))
+    monkeypatch.setattr(storage, step, look)
     save(tmp_path)
     assert seen
     assert not any(seen)
