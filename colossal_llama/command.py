@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import inspect
 import itertools
 import os
@@ -281,11 +282,16 @@ def _help(field: dataclasses.Field[Any]) -> str:
     return text if default is None or default == "" else f"{text} (default: {default})"
 
 
+@functools.cache
+def _types(options_type: type) -> dict[str, Any]:
+    return typing.get_type_hints(options_type)
+
+
 def _converter(
     options_type: type, field: dataclasses.Field[Any]
 ) -> tuple[Callable[[str], Any], bool, bool]:
     """From a field's type: (text to value, is it a list, is it a boolean)."""
-    kind = typing.get_type_hints(options_type)[field.name]
+    kind = _types(options_type)[field.name]
     if isinstance(kind, types.UnionType):
         (kind,) = [member for member in typing.get_args(kind) if member is not type(None)]
     if typing.get_origin(kind) is list:

@@ -18,7 +18,7 @@ from colossal_llama.runtime.watchdog import Watchdog, open_store
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.boosting import boost, build_passes
 from colossal_llama.training.callbacks import Callback
-from colossal_llama.training.checkpoint import CheckpointFiles
+from colossal_llama.training.checkpoint import CheckpointFiles, raise_on_all
 from colossal_llama.training.checkpointing import Checkpointer, Stopper
 from colossal_llama.training.data import build_sampler, describe_mixture, open_rows
 from colossal_llama.training.evaluation import Evaluator
@@ -155,7 +155,21 @@ def build_callbacks(
 
 
 def open_log(options: TrainOptions, state: RunningState, total_steps: int) -> RunLog:
-    """Opens the run's logs, and writes the resolved flags beside them."""
+    """Opens the run's logs, and writes the resolved flags beside them.
+
+    Raises:
+        DataError: on all processes, if the first cannot write them.
+    """
+    problem = None
+    try:
+        log = _open_log(options, state, total_steps)
+    except OSError as error:
+        problem = f"{error.filename or options.save_dir}: {error.strerror}"
+    raise_on_all(problem, DataError)
+    return log
+
+
+def _open_log(options: TrainOptions, state: RunningState, total_steps: int) -> RunLog:
     main = dist.get_rank() == 0
     if main:
         options.save_dir.mkdir(parents=True, exist_ok=True)

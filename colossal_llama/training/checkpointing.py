@@ -84,7 +84,10 @@ class Checkpointer(Callback):
         newest = self._files.publish(state, writer)
         trainer.say(f"saved {newest}")
         if self._keep_last and dist.get_rank() == 0:
-            self._files.keep_last(self._keep_last, newest)
+            try:
+                self._files.keep_last(self._keep_last, newest)
+            except OSError as error:  # nothing is lost but room
+                trainer.say(f"warning: --keep_last: {error.filename}: {error.strerror}")
         # Of a save in the background, too: the last of a run is waited for.
         self.longest_save = max(self.longest_save, time.perf_counter() - started)
 

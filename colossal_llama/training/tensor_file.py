@@ -79,7 +79,7 @@ def checksum(path: Path) -> str:
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, not copied if it is contiguous."""
     plain = tensor.detach().as_subclass(torch.Tensor)
-    return memoryview(plain.contiguous().view(-1).view(torch.uint8).numpy())
+    return plain.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _write(stream: FileIO, data: memoryview, digest: Any) -> None:
