@@ -30,7 +30,6 @@ class Order(Enum):
 
     REDUCED = "means are added up"
     RUNNING = "each rank adds to the mean so far, of which the mean is taken"
-    SUMMED = "the same, but the sum over ranks is taken first, which may overflow, then divided"
 
 
 Row = dict[str, Any]
@@ -53,15 +52,23 @@ class Setting:
     noise_alpha: float | None = None
     apart: bool = False  # each document for itself
     # How gradients of several micro-batches come together, and whether rows are as wide as the
-    # widest of the step: both matter to rounding and overflow alone.
+    # widest of the step: both matter to rounding alone.
     order: Order = Order.REDUCED
     one_width: bool = False
+
+
+class Plan(NamedTuple):
+    """What a run decides about a step by rules that are tested elsewhere."""
+
+    rate: float  # of learning
+    scale: float | None  # of the loss; None but in fp16
+    skipped: bool  # too large a scale: how large depends on where gradients are added up
 
 
 class Step(NamedTuple):
     loss: float
     loss_by_category: dict[str, float]
-    grad_norm: float
+    grad_norm: float | None  # None where no update was made
     tokens: int  # since the beginning
 
 
@@ -100,14 +107,14 @@ class PlainLoop:
             fused=True,  # its default differs in the last bit
         )
 
-    def run(self, rates: Sequence[float], scales: Sequence[float | None]) -> Run:
-        """A step for each learning rate and loss scale (None but in fp16)."""
+    def run(self, plans: Sequence[Plan]) -> Run:
+        """Takes the steps of ``plans``."""
         before = {name: master.clone() for name, master in self.masters.items()}
         steps: list[Step] = []
-        for number, (rate, scale) in enumerate(zip(rates, scales, strict=True)):
+        for number, plan in enumerate(plans):
             numbers = self.sampler.batch(number * self.setting.batch_size)
             rows = self.rows.take(numbers)
-            sums, norm = self._step(rows, number, rate, scale or 1.0)
+            sums, norm = self._step(rows, number, plan)
             counts = _by_category((row["category"], len(_targets(row))) for row in rows)
             tokens = sum(len(row["input_ids"]) for row in rows)
             steps.append(
@@ -121,13 +128,14 @@ class PlainLoop:
         return Run(steps, before, self.masters)
 
     def _step(
-        self, rows: list[Row], number: int, rate: float, scale: float
-    ) -> tuple[dict[str, float], float]:
+        self, rows: list[Row], number: int, plan: Plan
+    ) -> tuple[dict[str, float], float | None]:
         """The sum of losses by category and the gradient's norm; updates the weights."""
         setting = self.setting
         share = len(rows) // setting.ranks
         micro = share // setting.passes
         width = max(len(row["input_ids"]) for row in rows) if setting.one_width else 1
+        scale = plan.scale or 1.0
         factor = setting.ranks * scale / sum(len(_targets(row)) for row in rows)
         losses: list[tuple[str, float]] = []
         total = [torch.zeros_like(parameter) for parameter in self.trained.values()]
@@ -144,23 +152,20 @@ class PlainLoop:
             total = [
                 self._added(*sum_and_parts) for sum_and_parts in zip(total, *parts, strict=True)
             ]
-        norm = self._update([gradient.float() / scale for gradient in total], rate)
+        norm = None
+        if not plan.skipped:
+            norm = self._update([gradient.float() / scale for gradient in total], plan.rate)
         return _by_category(losses), norm
 
     def _added(self, total: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
         """``total`` and the mean of ``parts``, which are the gradients of each rank."""
-        ranks = len(parts)
         if self.setting.order is Order.REDUCED:
-            return torch.stack([part / ranks for part in parts]).sum(0) + total
-        running = torch.stack([total + part for part in parts])
-        if self.setting.order is Order.SUMMED:
-            return running.sum(0) / ranks
-        return (running / ranks).sum(0)
+            return total + torch.stack([part / len(parts) for part in parts]).sum(0)
+        return torch.stack([(total + part) / len(parts) for part in parts]).sum(0)
 
     def _update(self, gradients: list[torch.Tensor], rate: float) -> float:
         norm = float(torch.stack([g.double().norm() for g in gradients]).norm())
-        if not math.isfinite(norm):  # the loss scale was too large
-            return norm
+        assert math.isfinite(norm)
         for master, gradient in zip(self.masters.values(), gradients, strict=True):
             master.grad = gradient * min(1.0, self.setting.grad_clip / (norm + 1e-6))
         for group in self.optimizer.param_groups:

@@ -26,7 +26,7 @@ HIGH = 1000.0
 class Plugin(NamedTuple):
     flags: str
     data_ranks: int = 2
-    order: Order = Order.REDUCED
+    order: Order = Order.REDUCED  # see plain_loop.Setting
     processes: int = 2
 
 
@@ -39,8 +39,8 @@ class Feature(NamedTuple):
 
 
 PLUGINS = {
-    "gemini": Plugin("--plugin gemini", order=Order.SUMMED),
-    "gemini_auto": Plugin("--plugin gemini_auto", order=Order.SUMMED),
+    "gemini": Plugin("--plugin gemini", order=Order.RUNNING),
+    "gemini_auto": Plugin("--plugin gemini_auto", order=Order.RUNNING),
     "zero2": Plugin("--plugin zero2"),
     "zero2_cpu": Plugin("--plugin zero2_cpu"),
     "3d-zero0": Plugin("--plugin 3d --zero 0", order=Order.RUNNING),

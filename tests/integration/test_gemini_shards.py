@@ -63,10 +63,12 @@ def test_it_learns_what_another_plugin_learns(runs: Path) -> None:
     found, wanted = metrics(runs / "sharded"), metrics(runs / "zero2")
     assert found.keys() == wanted.keys()
     assert len(found) > STEPS_SAVED + 1
-    assert found[1]["loss"] == pytest.approx(wanted[1]["loss"], rel=1e-4)
-    assert found[1]["grad_norm"] == pytest.approx(wanted[1]["grad_norm"], rel=2e-2)
+    # The first step starts from equal weights. Gradients are added up in another order in bf16.
+    assert found[1]["loss"] == pytest.approx(wanted[1]["loss"], rel=1e-6)
+    assert found[1]["grad_norm"] == pytest.approx(wanted[1]["grad_norm"], rel=1e-4)
     for step in wanted:
-        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], rel=1e-2)
+        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], rel=1e-3)
+        assert found[step]["grad_norm"] == pytest.approx(wanted[step]["grad_norm"], rel=1e-2)
 
 
 def test_resumed_run_equals_uninterrupted_one(runs: Path) -> None:

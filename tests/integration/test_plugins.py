@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.conftest import World, train_group
-from tests.integration.plain_loop import PlainLoop, Run, Setting
+from tests.integration.plain_loop import PlainLoop, Plan, Run, Setting
 from tests.integration.table import MIDDLE, STEPS, TABLE, Row
 
 
@@ -51,8 +50,9 @@ def _tolerance(row: Row, step: int = STEPS) -> Tolerance:
         return FP32
     if row.is_divided:
         return DIVIDED
-    starts_equal = step == 1 and row.feature_name not in ("apart", "tied")
-    return EXACT if row.is_exact or starts_equal else NEARLY
+    # With several ranks a pipeline adds up before it takes their mean, unlike all others.
+    alike = row.feature_name not in ("apart", "tied") and row.plugin.processes == 2
+    return EXACT if row.is_exact or (alike and step == 1) else NEARLY
 
 
 @pytest.fixture(scope="module")
@@ -96,19 +96,25 @@ def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def _plain(setting: Setting, rates: tuple[float, ...], scales: tuple[float | None, ...]) -> Run:
-    return PlainLoop(setting).run(rates, scales)
+def _plain(setting: Setting, plans: tuple[Plan, ...]) -> Run:
+    return PlainLoop(setting).run(plans)
 
 
 def _plain_run(world: World, row: Row) -> Run:
-    """The plain loop at the learning rates and loss scales of the row's run."""
+    """The plain loop with the learning rates and loss scales of the row's run."""
     torch.set_num_threads(1)  # as the trainings
-    found = _metrics(world.out / row.name).values()
-    rates = tuple(record["learning_rate"] for record in found)
-    scales = tuple(record["loss_scale"] for record in found)
-    return _plain(row.setting(world), rates, scales)
+    plans = [
+        Plan(step["learning_rate"], step["loss_scale"], step["skipped"] is not None)
+        for step in _metrics(world.out / row.name).values()
+    ]
+    return _plain(row.setting(world), tuple(plans))
 
 
+# All of a step's metrics but those that are measured with a clock.
+STEP_VALUES = (
+    *("loss", "loss_by_category", "grad_norm", "learning_rate", "tokens"),
+    *("loss_scale", "skipped"),
+)
 pytestmark = pytest.mark.timeout(1800)  # the fixture's, on a machine with other things to do
 by_name = pytest.mark.parametrize("row", TABLE, ids=[row.name for row in TABLE])
 
@@ -118,9 +124,8 @@ def test_resumed_run_equals_uninterrupted_one(runs: World, row: Row) -> None:
     straight, resumed = runs.out / row.name, runs.out / f"{row.name}-resumed"
     wanted, found = _metrics(straight), _metrics(resumed)
     assert list(found) == [*range(MIDDLE + 1, STEPS + 1)]
-    same = ("loss", "loss_by_category", "grad_norm", "learning_rate", "tokens", "loss_scale")
     for step in found:
-        for name in same:
+        for name in STEP_VALUES:
             assert found[step][name] == wanted[step][name], (step, name)
     assert _last(straight).name == _last(resumed).name
     for folder in ("modeling", "optimizer", "rng"):
@@ -142,13 +147,14 @@ def test_every_step_agrees_with_plain_pytorch(runs: World, row: Row) -> None:
         assert step["loss"] == pytest.approx(plain.loss, rel=tolerance.loss), step["step"]
         by_category = pytest.approx(plain.loss_by_category, rel=tolerance.loss)
         assert step["loss_by_category"] == by_category, step["step"]
-        if math.isfinite(plain.grad_norm):
+        assert step["skipped"] is None or row.precision == "fp16"
+        if step["skipped"] is None:
             norm = pytest.approx(plain.grad_norm, rel=tolerance.grad_norm)
             assert step["grad_norm"] == norm, step["step"]
     categories = {name for step in wanted for name in step.loss_by_category}
     assert categories == ({"sft"} if row.is_sft else {"code", "en"})
     if row.clips:
-        norms = [step.grad_norm for step in wanted]
+        norms = [step["grad_norm"] for step in found.values()]
         assert min(norms) < row.feature.grad_clip < max(norms), "it should bite here and there"
 
 
@@ -186,14 +192,13 @@ def test_checkpoint_loads_in_transformers(runs: World, row: Row) -> None:
         assert moved == (not row.frozen or "embed_tokens" in name or "lm_head" in name), name
 
 
-WITH_PIPELINE = [row for row in TABLE if row.has_pipeline]
+WITH_PIPELINE = [row for row in TABLE if row.has_pipeline and row.precision != "fp16"]
 
 
 @pytest.mark.parametrize("row", WITH_PIPELINE, ids=[row.name for row in WITH_PIPELINE])
 def test_pipeline_reports_every_metric(runs: World, row: Row) -> None:
     feature = "clipped" if row.feature_name == "fused" else row.feature_name
-    precision = "fp16" if row.precision == "fp16" else "bf16"
-    other = _metrics(runs.out / Row("zero2", feature, precision).name)
+    other = _metrics(runs.out / Row("zero2", feature, "bf16").name)
     for step, found in _metrics(runs.out / row.name).items():
         assert found.keys() == other[step].keys()
         assert found["learning_rate"] == other[step]["learning_rate"]
@@ -210,17 +215,17 @@ IN_FP16 = [row for row in TABLE if row.precision == "fp16"]
 @pytest.mark.parametrize("row", IN_FP16, ids=[row.name for row in IN_FP16])
 def test_loss_scale_is_searched_for(runs: World, row: Row) -> None:
     """Some updates are left out, or these rows would say nothing of that; most are made."""
-    scales = {step["loss_scale"] for step in _metrics(runs.out / row.name).values()}
-    assert len(scales) > 1
-    norms = [step.grad_norm for step in _plain_run(runs, row).steps]
-    assert 0 < sum(not math.isfinite(norm) for norm in norms) < STEPS / 2
+    steps = _metrics(runs.out / row.name).values()
+    assert len({step["loss_scale"] for step in steps}) > 1
+    assert 0 < sum(step["skipped"] is not None for step in steps) < STEPS / 2
 
 
 def test_documents_apart_are_another_loss(runs: World) -> None:
     together, apart = (
         _metrics(runs.out / Row("zero2", feature, "fp32").name) for feature in ("clipped", "apart")
     )
-    assert apart[1]["loss"] != pytest.approx(together[1]["loss"], rel=1e-4)
+    wanted = [step["loss"] for step in together.values()]
+    assert [step["loss"] for step in apart.values()] != pytest.approx(wanted, rel=1e-3)
 
 
 def test_another_layout_goes_on_with_the_same_weights_and_rows(runs: World) -> None:
