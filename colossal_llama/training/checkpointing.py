@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from colossal_llama.training.callbacks import Callback, any_rank
 from colossal_llama.training.checkpoint import CheckpointFiles, SaveError
-from colossal_llama.training.file_writer import FileWriter
+from colossal_llama.training.file_writer import FileWriter, HostCopies
 from colossal_llama.training.state import RunningState
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Checkpointer(Callback):
     ) -> None:
         self._files, self._interval, self._keep_last = files, interval, keep_last
         self._in_background, self._go_on = in_background, go_on
+        self._copies = HostCopies()
         self._epoch = 0
         self._in_flight: tuple[RunningState, FileWriter, float] | None = None
         self.longest_save = 0.0  # seconds
@@ -70,7 +71,7 @@ class Checkpointer(Callback):
         started = time.perf_counter()
         state = copy.deepcopy(trainer.state)
         state.callbacks = {type(c).__name__: s for c in trainer.callbacks if (s := c.state())}
-        writer = FileWriter(late=self._in_background)
+        writer = FileWriter(late=self._in_background, copies=self._copies)
         self._files.collect(state, writer)
         self._in_flight = state, writer, started
         if writer.late:

@@ -12,7 +12,33 @@ import torch
 from colossal_llama import storage
 from colossal_llama.training.tensor_file import checksum, save_file
 
-__all__ = ["FileWriter", "checksum"]
+__all__ = ["FileWriter", "HostCopies", "checksum"]
+
+
+class HostCopies:
+    """Copies of tensors in host memory, kept for the next save: new memory costs page faults.
+
+    Belongs to one save at a time.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str, str], torch.Tensor] = {}
+
+    def take(self, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+        """Copies ``tensors``, which are to be written to ``path``.
+
+        Where a save before this one had a tensor of the same name, shape and type, for a file of
+        the same name in a folder of the same name, its memory is used again.
+        """
+        return {name: self._copy(name, t.detach(), path) for name, t in tensors.items()}
+
+    def _copy(self, name: str, tensor: torch.Tensor, path: Path) -> torch.Tensor:
+        key = (path.parent.name, path.name, name)
+        kept = self._kept.get(key)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._kept[key] = kept
+        return kept.copy_(tensor)
 
 
 @dataclass
@@ -26,9 +52,11 @@ class FileWriter:
     Args:
         late: ``write`` only copies the tensors into host memory; a thread that ``start`` starts
             writes them.
+        copies: what it copies into.
     """
 
     late: bool = False
+    copies: HostCopies = field(default_factory=HostCopies)
     error: Exception | None = None
     failed: Path | None = None
     checksums: dict[Path, str] = field(default_factory=dict)
@@ -38,8 +66,7 @@ class FileWriter:
     def write(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         """Writes ``tensors`` to ``path``; the file is on the disk after ``finish``."""
         if self.late:
-            copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-            self._waiting.append((copies, path))
+            self._waiting.append((self.copies.take(tensors, path), path))
         elif self.error is None:
             self._write({name: t.detach().cpu() for name, t in tensors.items()}, path)
 

@@ -13,7 +13,7 @@ import xxhash
 from safetensors.torch import load_file
 
 from colossal_llama.training import file_writer
-from colossal_llama.training.file_writer import FileWriter, checksum
+from colossal_llama.training.file_writer import FileWriter, HostCopies, checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -136,3 +136,16 @@ def test_not_late_is_at_once(tmp_path: Path) -> None:
     writer.write({"x": torch.ones(1)}, tmp_path / "a")
     assert (tmp_path / "a").exists()
     assert writer.is_done
+
+
+def test_memory_of_copies_is_used_again(tmp_path: Path) -> None:
+    copies, given = HostCopies(), tensors()
+    first = copies.take(given, tmp_path / "step-1" / "optimizer" / "a")
+    addresses = {name: tensor.data_ptr() for name, tensor in first.items()}
+    given["half"], given["bf16"] = torch.ones(6).half(), torch.ones(5)  # now of another kind
+    again = copies.take(given, tmp_path / "step-2" / "optimizer" / "a")
+    assert all(torch.equal(again[name], tensor) for name, tensor in given.items())
+    moved = {name for name, tensor in again.items() if tensor.data_ptr() != addresses[name]}
+    assert moved == {"half", "bf16"}
+    other = copies.take(given, tmp_path / "step-2" / "rng" / "a")
+    assert other["whole"].data_ptr() != again["whole"].data_ptr()
