@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from colossal_llama.dataset.collator import collate
 from colossal_llama.dataset.loader import open_parts
 from tests.integration.conftest import World, train_group
-from tests.integration.plain_loop import PlainLoop, Setting
+from tests.integration.plain_loop import PlainLoop, Plan, Setting
 
 
 class Row(NamedTuple):
@@ -209,10 +209,10 @@ def test_agrees_with_plain_peft(runs: World, row: Row) -> None:
         dtype=torch.float32,
         grad_clip=GRAD_CLIP,
     )
-    rates = [step["learning_rate"] for step in found.values()]
+    plans = [Plan(step["learning_rate"], scale=None, skipped=False) for step in found.values()]
     modules = SOME.split()[1:] if SOME in row.flags else ALL
-    plain = _PeftLoop(setting, modules, EMBEDDINGS in row.flags).run(rates, [None] * len(rates))
-    assert max(step.grad_norm for step in plain.steps) > GRAD_CLIP, "clipping should bite"
+    plain = _PeftLoop(setting, modules, EMBEDDINGS in row.flags).run(plans)
+    assert max(step.grad_norm or 0 for step in plain.steps) > GRAD_CLIP, "clipping should bite"
     for ours, wanted in zip(found.values(), plain.steps, strict=True):
         assert ours["loss"] == pytest.approx(wanted.loss, rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(wanted.grad_norm, rel=1e-4)
