@@ -369,7 +369,7 @@ def cuda_row(
 ) -> str:
     """A row of the table, for steps of ``tokens`` tokens."""
     import torch
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from colossal_llama.training.throughput import flops_per_token, peak_flops
 
@@ -378,7 +378,9 @@ def cuda_row(
     seconds, memory = found
     per_second = tokens / seconds
     ratio = "" if bare is None else f"{bare[0] / seconds:.2f}"
-    flops = flops_per_token(AutoConfig.from_pretrained(world.model), world.length)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(world.model))
+    flops = flops_per_token(model, world.length)
     peak = peak_flops(torch.cuda.get_device_name(), "bf16")
     share = "" if peak is None else f"{per_second * flops / peak:.1%}"
     return f"| {preset} | {name} | {per_second:,.0f} | {ratio} | {share} | {memory / 2**30:.1f} |"

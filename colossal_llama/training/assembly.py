@@ -15,6 +15,7 @@ from colossal_llama.dataset.manifest import Manifest
 from colossal_llama.durations import seconds_of
 from colossal_llama.errors import DataError
 from colossal_llama.runtime.watchdog import Watchdog, open_store
+from colossal_llama.training import parameters
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.boosting import boost, build_passes
 from colossal_llama.training.callbacks import Callback
@@ -67,6 +68,8 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
     weights = weights_directory(options, resumed)
     model = load_model(options, weights, len(tokenizer))
     adapter = add_adapter(options, model, weights, resumed) if options.lora_rank else None
+    parameters.freeze(options, model)
+    throughput = Throughput(model, rows.longest_row, options.mixed_precision)
     boosted = boost(options, model, accumulation)
     layout = boosted.layout
     if resumed is not None:
@@ -93,7 +96,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         state=state,
         callbacks=build_callbacks(options, files, started, validation),
         log=log,
-        throughput=Throughput(model.config, rows.longest_row, options.mixed_precision),
+        throughput=throughput,
         watchdog=build_watchdog(options),
         num_epochs=options.num_epochs,
         device=device,

@@ -38,11 +38,10 @@ class Boosted:
 
 
 def boost(options: TrainOptions, model: Any, accumulation: int) -> Boosted:
-    """Decides what trains, builds the optimizer, and hands both to the plugin."""
+    """Builds the optimizer of what is not frozen, and hands both to the plugin."""
     plugin = build_plugin(options, accumulation)
     booster = Booster(plugin=plugin)
     layout = build_layout(options, plugin)
-    parameters.freeze(options, model)
     new_rows = None
     if options.train_new_rows_only:
         new_rows = NewRows(parameters.old_rows(options), options.weight_decay)

@@ -6,6 +6,8 @@ import re
 import time
 from typing import Any
 
+import torch
+
 # Dense peak in FLOP/s by (pattern of the device's name, working dtype), from the vendors' data
 # sheets: without sparsity, for tensor cores.
 PEAK_FLOPS = (
@@ -33,32 +35,62 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-def flops_per_token(config: Any, sequence: int) -> float:
+def flops_per_token(model: Any, sequence: int) -> float:
     """FLOPs of a forward and backward pass for each token of a row of ``sequence`` tokens.
 
-    6 N + 12 L H Q T (Chowdhery et al. 2022, "PaLM", appendix B): N are the weights that multiply
-    a token (the input embedding does not), L the layers, H the heads, Q a head's width and T the
-    tokens of the row. Recomputed activations do not count: this is the model's work, not ours.
+    6 N + 12 L H Q T if everything trains (Chowdhery et al. 2022, "PaLM", appendix B): N are the
+    weights that multiply a token (the input embedding does not), L the layers, H the heads, Q a
+    head's width and T the tokens of the row. A third of it is the forward pass, a third gradients
+    of activations, of which there are none below the first weight that trains, and a third
+    gradients of weights; frozen ones have none. Recomputed activations do not count: this is the
+    model's work, not ours.
+
+    Args:
+        model: a whole one of Llama's kind, in which what does not train is frozen.
     """
-    width, layers = config.hidden_size, config.num_hidden_layers
+    config, base = model.config, model.base_model
     heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or width // heads
-    key_value = (config.num_key_value_heads or heads) * head
-    attention = width * (2 * heads * head + 2 * key_value)
-    weights = layers * (attention + 3 * width * config.intermediate_size)
-    weights += width * config.vocab_size
-    return 6.0 * weights + 12.0 * layers * heads * head * sequence
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    total, flows = 0.0, _trains(model.get_input_embeddings())
+    for layer in base.layers:
+        total += _products(layer, flows)
+        flows = flows or _trains(layer)
+        total += heads * head * sequence * (12 if flows else 4)
+    return total + _products(model.get_output_embeddings(), _trains(base))
+
+
+def _products(module: Any, flows: bool) -> float:
+    """FLOPs per token of the linear layers in ``module``.
+
+    Args:
+        flows: whether its input has a gradient.
+    """
+    total = 0.0
+    for part in module.modules():  # in the order of the forward pass
+        if isinstance(part, torch.nn.Linear):
+            total += 2.0 * (1 + flows + part.weight.requires_grad) * part.weight.numel()
+            flows = flows or _trains(part)
+    return total
+
+
+def _trains(module: Any) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class Throughput:
-    """Measures one process's device."""
+    """Measures one process's device.
 
-    def __init__(self, config: Any, sequence: int, precision: str) -> None:
+    Args:
+        model: what ``flops_per_token`` takes; it is not kept.
+        sequence: tokens of the longest row.
+    """
+
+    def __init__(self, model: Any, sequence: int, precision: str) -> None:
         from colossalai.accelerator import get_accelerator
 
         self._accelerator = get_accelerator()
         self._peak = peak_flops(self._accelerator.get_device_name(), precision)
-        self._flops_per_token = flops_per_token(config, sequence)
+        self._flops_per_token = flops_per_token(model, sequence)
         self._last_end = time.perf_counter()
 
     def utilisation(self, tokens_per_second_per_device: float) -> float | None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from colossal_llama.training import throughput
+from colossal_llama.training.parameters import freeze_matching
 from colossal_llama.training.throughput import PEAK_FLOPS, flops_per_token, peak_flops
 
 
@@ -20,6 +22,14 @@ def config(**sizes: Any) -> LlamaConfig:
         "num_attention_heads": 8, "num_key_value_heads": 8, "attn_implementation": "eager",
     }  # fmt: skip
     return LlamaConfig(**{**plain, **sizes})
+
+
+def counted(model: LlamaForCausalLM, length: int) -> float:
+    """FLOPs per token of all products of matrices; attention is written out in "eager"."""
+    ids = torch.randint(model.config.vocab_size, (2, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False).logits.sum().backward()
+    return counter.get_total_flops() / ids.numel()
 
 
 @pytest.mark.parametrize("length", [16, 256])
@@ -35,24 +45,52 @@ def config(**sizes: Any) -> LlamaConfig:
     ],
 )
 def test_counts_what_the_model_computes(sizes: dict[str, Any], length: int) -> None:
-    """Forward and backward, every product of matrices; attention is written out in "eager"."""
-    made = config(**sizes)
-    model = LlamaForCausalLM(made)
-    ids = torch.randint(made.vocab_size, (2, length))
-    with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, use_cache=False).logits.sum().backward()
-    wanted = counter.get_total_flops() / ids.numel()
-    assert flops_per_token(made, length) == pytest.approx(wanted, rel=0.01)
+    model = LlamaForCausalLM(config(**sizes))
+    assert flops_per_token(model, length) == pytest.approx(counted(model, length), rel=0.01)
+
+
+EMBEDDINGS = "model.embed_tokens.*"
+
+
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        [EMBEDDINGS],
+        ["model.layers.*"],
+        ["model.layers.*", "model.norm.*"],
+        [EMBEDDINGS, "model.layers.[01].*"],
+        [EMBEDDINGS, "model.layers.*", "model.norm.*"],
+        ["*proj*", "*norm*"],
+        [EMBEDDINGS, "model.layers.0.*", "*mlp*"],
+    ],
+)
+@pytest.mark.parametrize("length", [16, 256])
+def test_frozen_weights_have_no_gradients(frozen: list[str], length: int) -> None:
+    model = LlamaForCausalLM(config())
+    freeze_matching(model, frozen)
+    assert flops_per_token(model, length) == pytest.approx(counted(model, length), rel=0.02)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_adapters(rank: int) -> None:
+    model = LlamaForCausalLM(config())
+    full = flops_per_token(model, 64)
+    inject_adapter_in_model(LoraConfig(r=rank, target_modules=["q_proj", "down_proj"]), model)
+    found = flops_per_token(model, 64)
+    # Keys and values of the lowest layer need no gradients; that is not looked at so closely.
+    assert found == pytest.approx(counted(model, 64), rel=0.06)
+    assert found < (0.8 if rank == 4 else 1.0) * full
 
 
 def test_llama_2_7b_by_hand() -> None:
-    made = config(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=32,
-    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config(
+            vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32,
+        ))  # fmt: skip
     # 6.74 billion weights without the input embedding's 131 million.
-    assert flops_per_token(made, 0) == pytest.approx(6 * (6.738e9 - 0.131e9), rel=1e-3)
-    attention = flops_per_token(made, 4096) - flops_per_token(made, 0)
+    assert flops_per_token(model, 0) == pytest.approx(6 * (6.738e9 - 0.131e9), rel=1e-3)
+    attention = flops_per_token(model, 4096) - flops_per_token(model, 0)
     assert attention == 12 * 32 * 4096 * 4096
 
 
@@ -115,14 +153,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Any:
         module.get_accelerator = lambda: Device(name)
         monkeypatch.setitem(sys.modules, "colossalai", ModuleType("colossalai"))
         monkeypatch.setitem(sys.modules, "colossalai.accelerator", module)
-        return throughput.Throughput(config(), 256, "bf16")
+        return throughput.Throughput(LlamaForCausalLM(config()), 256, "bf16")
 
     return make
 
 
 def test_utilisation_is_the_share_of_the_peak(device: Any) -> None:
     measured = device("NVIDIA H100 80GB HBM3")
-    rate = 989e12 / flops_per_token(config(), 256)
+    rate = 989e12 / flops_per_token(LlamaForCausalLM(config()), 256)
     assert measured.utilisation(rate) == pytest.approx(1)
     assert measured.utilisation(rate / 4) == pytest.approx(0.25)
     assert measured.utilisation(0.0) == 0
