@@ -25,7 +25,8 @@ def loaded(tiny_model: Path) -> tuple[Any, Any]:
 
 def say(loaded: Any, **settings: Any) -> str:
     options = GenerateOptions(**{"model_path": Path(), "input_txt": PROMPT, **settings})
-    return continuation(*loaded, options)
+    model, tokenizer = loaded
+    return continuation(model, tokenizer, options)
 
 
 def test_example_script_honours_do_sample_false(tiny_model: Path, loaded: Any) -> None:
