@@ -36,7 +36,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from colossal_llama.errors import ColossalLlamaError, UsageError
+from colossal_llama.errors import ColossalLlamaError, ProcessError, UsageError
 
 Options = TypeVar("Options")
 
@@ -95,15 +95,16 @@ def exit_code(function: Callable[[], int | None]) -> int:
     """Calls ``function`` and turns what it raises into what a command prints.
 
     Returns the exit code: what ``function`` returned (None counts as 0), 2 for a user's
-    mistake or for files and disks that a user can mend (printed as one line), 130 after Ctrl-C.
+    mistake or for files and disks that a user can mend (printed as one line), 1 where another
+    process is gone (also one line), 130 after Ctrl-C.
     """
     try:
         return function() or 0
     except ColossalLlamaError as error:
         # Under a launcher every process meets the same mistake; one per machine says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 class ColossalLlamaError(Exception):
     """Says what is wrong, where (``file:line`` where there is one), and what to do."""
 
+    exit_code = 2
+
 
 class UsageError(ColossalLlamaError):
     """The flags or the configuration file cannot be honoured."""
@@ -23,6 +25,16 @@ class UsageError(ColossalLlamaError):
 
 class DataError(ColossalLlamaError):
     """An input file is missing, malformed or does not belong to what it is used with."""
+
+
+class ProcessError(ColossalLlamaError):
+    """What one process of several met: unlike other errors, each of them has to say its own."""
+
+
+class LostPeerError(ProcessError):
+    """Another process of the job is gone."""
+
+    exit_code = 1  # why it is gone, and whether anybody can mend that, is not known here
 
 
 class RecordError(ColossalLlamaError):

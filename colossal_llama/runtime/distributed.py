@@ -30,6 +30,8 @@ def distributed(seed: int) -> Iterator[None]:
 
     Raises:
         UsageError: the launcher's variables are incomplete.
+        LostPeerError: another process of the job is gone.
+        ProcessError: the memory of this process's device, or of the machine, is not enough.
     """
     import torch.distributed
 
@@ -41,9 +43,12 @@ def distributed(seed: int) -> Iterator[None]:
     _prepare()
     import colossalai
 
+    from colossal_llama.runtime.failures import told_plainly
+
     colossalai.launch_from_torch(seed=seed, verbose=False)
     try:
-        yield
+        with told_plainly():
+            yield
     finally:
         # Plugins destroy their process groups when they are collected; that has to happen
         # while there is still a group to destroy, or the interpreter's exit prints tracebacks.

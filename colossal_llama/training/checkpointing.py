@@ -67,6 +67,13 @@ class Checkpointer(Callback):
         if due:
             self._attempt(trainer, self._save, go_on=self._go_on and not trainer.is_over)
 
+    def run_ends(self, trainer: Trainer) -> None:
+        if self._in_flight is not None:
+            # After an error: nobody will publish it. A thread that is still writing when Python
+            # exits would abort the process.
+            _, writer, _ = self._in_flight
+            writer.finish()
+
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
         state = copy.deepcopy(trainer.state)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.integration.seeded_text import code, prose
+from tests.nursery import run_group
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -54,8 +55,7 @@ def train_group(jobs: list[list[str]], out: Path, processes: int = 2) -> str:
     out.mkdir(parents=True, exist_ok=True)
     listing = out / "jobs.json"
     listing.write_text(json.dumps(jobs), encoding="utf-8")
-    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(processes)]
-    done = call([*launcher, "tests/integration/worker.py", str(listing)])
+    done = run_group("tests/integration/worker.py", str(listing), processes=processes)
     return done.stdout + done.stderr
 
 

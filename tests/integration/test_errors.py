@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.integration.conftest import MAX_LENGTH, World, call
+from tests.nursery import run_group
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def mistakes(world: World, tmp_path_factory: pytest.TempPathFactory) -> Mistakes
 def results(mistakes: Mistakes) -> dict[str, tuple[int | str, str]]:
     listing = mistakes.out / "calls.json"
     listing.write_text(json.dumps(mistakes.calls), encoding="utf-8")
-    done = call([sys.executable, "tests/integration/error_worker.py", str(listing)])
+    done = run_group("tests/integration/error_worker.py", str(listing), processes=1)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -9,7 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.conftest import BIN, World, call
+from tests.integration.conftest import World
+from tests.nursery import run_group
 
 STEPS_SAVED = 2
 
@@ -35,8 +36,7 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     listing = out / "jobs.json"
     listing.write_text(json.dumps(jobs), encoding="utf-8")
-    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    call([*launcher, "tests/integration/shard_worker.py", str(listing)])
+    run_group("tests/integration/shard_worker.py", str(listing))
     return out
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import BIN, call
+from tests.nursery import run_group
 
 KINDS = [
     *("gemini gathered", "gemini sharded", "gemini fp16", "zero1", "zero2", "zero2 fp16"),
@@ -20,8 +20,7 @@ KINDS = [
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, Any]:
-    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
-    lines = call([*launcher, "tests/integration/skip_worker.py"]).stdout.splitlines()
+    lines = run_group("tests/integration/skip_worker.py").stdout.splitlines()
     return {record["name"]: record for record in map(json.loads, filter(_is_json, lines))}
 
 

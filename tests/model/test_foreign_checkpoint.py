@@ -6,8 +6,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tests.model.converting import convert, logits, prefixed, tensors
 from tests.model.foreign_models import (
     State,
 )
+from tests.nursery import run_group
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,16 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def boosted(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ColossalAI itself writes for two processes, a directory for each layout."""
     out = tmp_path_factory.mktemp("boosted")
-    torchrun = Path(sys.executable).parent / "torchrun"
-    worker = ROOT / "tests" / "model" / "booster_worker.py"
-    done = subprocess.run(
-        [torchrun, "--standalone", "--nproc_per_node", "2", worker, original, out],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_group("tests/model/booster_worker.py", str(original), str(out))
     return out
 
 

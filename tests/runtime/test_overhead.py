@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 from colossal_llama.runtime import overhead
+from tests.nursery import run_group
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [
@@ -24,12 +22,7 @@ NAMES = [
 @pytest.fixture(scope="session")
 def reports() -> dict[tuple[str, str], dict[str, Any]]:
     """What the worker says, by plugin and side."""
-    done = subprocess.run(
-        [sys.executable, "tests/runtime/overhead_worker.py"],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = run_group("tests/runtime/overhead_worker.py", processes=1)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {(line["name"], line["side"]): line for line in lines}
 

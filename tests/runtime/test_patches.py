@@ -6,9 +6,6 @@ The checks are in ``patch_worker.py``; one group of two processes runs all of th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pytest
 
 from colossal_llama.runtime import patches
+from tests.nursery import run_group
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = "tests/runtime/patch_worker.py"
@@ -33,13 +31,7 @@ class Report:
 
 @pytest.fixture(scope="session")
 def report() -> Report:
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         WORKER],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
+    done = run_group(WORKER)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return Report(
         {record["name"]: record["without"] for record in records},
