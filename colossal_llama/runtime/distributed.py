@@ -42,9 +42,12 @@ def distributed(seed: int) -> Iterator[None]:
     _quieten()
     _prepare()
     import colossalai
+    from colossalai.logging import get_dist_logger
 
     from colossal_llama.runtime.failures import told_plainly
 
+    # Where it puts which shard, at every checkpoint; its warnings stay.
+    get_dist_logger().set_level("WARNING")
     colossalai.launch_from_torch(seed=seed, verbose=False)
     try:
         with told_plainly():
@@ -99,5 +102,3 @@ def _quieten() -> None:
         "ignore", message=".*TypedStorage.*|.*NVMe.*|.*apex.*|.*flash.?attn.*|.*ninja.*"
     )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Where it puts which shard, at every checkpoint; its warnings stay.
-    logging.getLogger("colossalai").setLevel(logging.WARNING)

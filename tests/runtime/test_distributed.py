@@ -66,6 +66,8 @@ with distributed(0):
     total = __import__("torch").ones(1)
     dist.all_reduce(total)
     print(dist.get_world_size(), float(total))
+    from colossalai.logging import get_dist_logger
+    get_dist_logger().info("where it puts which shard")
 print(dist.is_initialized())
 """
     environment = {name: text for name, text in os.environ.items() if name not in LAUNCHED}
