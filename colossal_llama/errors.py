@@ -7,12 +7,23 @@ bug of ours and keeps its traceback.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 
 class ColossalLlamaError(Exception):
     """Says what is wrong, where (``file:line`` where there is one), and what to do."""
 
     exit_code = 2
+    on_all_processes = False
+
+
+Error = TypeVar("Error", bound=ColossalLlamaError)
+
+
+def agreed(error: Error) -> Error:
+    """Marks an error that all processes of a job raise, at the same place."""
+    error.on_all_processes = True
+    return error
 
 
 class UsageError(ColossalLlamaError):

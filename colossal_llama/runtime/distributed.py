@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
 import logging
 import os
@@ -9,9 +10,11 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from colossal_llama.errors import UsageError
 
+_LONGEST_WAIT = datetime.timedelta(hours=2)  # the watchdog is there for what hangs
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -57,6 +60,18 @@ def distributed(seed: int) -> Iterator[None]:
         # while there is still a group to destroy, or the interpreter's exit prints tracebacks.
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def patient_group() -> Any:
+    """A process group of all, in which one may wait long for another's file.
+
+    NCCL ends whoever waits for 10 minutes; None stands for the default group where that is gloo's.
+    """
+    import torch.distributed
+
+    if torch.distributed.get_backend() == "gloo":
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
 
 
 def _check_environment() -> None:

@@ -140,6 +140,24 @@ def gemini_saved_dtype() -> None:
     wrap(GeminiDDP, "_get_chunk_to_save_data", collect)
 
 
+def gemini_offloaded_weights() -> None:
+    """``zero/gemini/gemini_ddp.py``, ``_get_chunk_to_save_data``: saves weights one update old.
+
+    With accumulation Gemini saves the half-precision chunks. One whose master weights are in host
+    memory gets the last update only when it is next moved to the device
+    (``chunk/chunk.py``, ``optim_update``, ``shard_move``); until then the master has it alone.
+    May go when upstream takes such a chunk from its ``paired_chunk``.
+    """
+    from colossalai.zero.gemini import GeminiDDP
+
+    def collect(original: Callable[..., Any], self: Any, chunk: Any, *args: Any, **kw: Any) -> Any:
+        if not chunk.optim_sync_flag:
+            chunk.cpu_shard.copy_(chunk.paired_chunk.cpu_shard)
+        return original(self, chunk, *args, **kw)
+
+    wrap(GeminiDDP, "_get_chunk_to_save_data", collect)
+
+
 def detached_padding() -> None:
     """``tensor/padded_tensor/api.py``, ``_hijack_back_detach_and_clone``.
 
@@ -189,16 +207,17 @@ def scaled_bf16_gradients() -> None:
 
 
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    """Replaces ``owner.name`` by ``wrapper(original, *args)``, once."""
+    """Replaces ``owner.name`` by ``wrapper(original, *args)``, once for each wrapper."""
     original = getattr(owner, name)
-    if hasattr(original, "_patched_here"):
+    already = getattr(original, "_patched_by", ())
+    if wrapper.__qualname__ in already:
         return
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
         return wrapper(original, *args, **kwargs)
 
-    patched._patched_here = True  # type: ignore[attr-defined]
+    patched._patched_by = (*already, wrapper.__qualname__)  # type: ignore[attr-defined]
     setattr(owner, name, patched)
 
 
@@ -207,6 +226,7 @@ ALWAYS = (
     gemini_accumulation,
     gemini_skipped_step,
     gemini_saved_dtype,
+    gemini_offloaded_weights,
     detached_padding,
     scaled_bf16_gradients,
 )

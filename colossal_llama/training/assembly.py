@@ -14,6 +14,7 @@ from colossal_llama.dataset.loader import TrainingRows
 from colossal_llama.dataset.manifest import Manifest
 from colossal_llama.durations import seconds_of
 from colossal_llama.errors import DataError
+from colossal_llama.runtime.distributed import patient_group
 from colossal_llama.runtime.watchdog import Watchdog, open_store
 from colossal_llama.training import parameters
 from colossal_llama.training.arguments import TrainOptions
@@ -39,9 +40,7 @@ from colossal_llama.training.resuming import (
     weights_directory,
 )
 from colossal_llama.training.schedule import build_schedule
-from colossal_llama.training.state import (
-    RunningState,
-)
+from colossal_llama.training.state import RunningState, goes_on_in
 from colossal_llama.training.throughput import Throughput
 from colossal_llama.training.trainer import LogSteps, Trainer
 from colossal_llama.training.validation import Validation, open_validation
@@ -84,6 +83,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         optimizer=boosted.optimizer,
         schedule=schedule,
         layout=layout,
+        group=patient_group(),
     )
     trainer = Trainer(
         model=boosted.model,
@@ -144,6 +144,7 @@ def build_callbacks(
         keep_last=options.keep_last,
         in_background=options.async_save,
         go_on=options.on_save_error == "continue",
+        resumes_own=goes_on_in(options.save_dir, options.load_checkpoint),
     )
     limit = None if options.max_time is None else seconds_of(options.max_time)
     guards: list[Callback] = [NonFiniteGuard(options.save_dir, options.max_bad_steps)]

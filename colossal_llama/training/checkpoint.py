@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from colossal_llama import storage
-from colossal_llama.errors import DataError
+from colossal_llama.errors import DataError, agreed
 from colossal_llama.training.file_writer import FileWriter, checksum
 from colossal_llama.training.optimizer_state import load_optimizer_state, optimizer_tensors
 from colossal_llama.training.plugins import Layout
@@ -57,6 +57,7 @@ class CheckpointFiles:
 
     Args:
         export: writes what plain transformers and PEFT load, into a directory.
+        group: in which processes wait for each other's files; None for the default one.
     """
 
     save_dir: Path
@@ -64,6 +65,7 @@ class CheckpointFiles:
     optimizer: Any
     schedule: Any
     layout: Layout
+    group: Any = None
 
     def collect(self, state: RunningState, writer: FileWriter) -> None:
         """Hands everything to ``writer``; small files are written at once.
@@ -93,15 +95,15 @@ class CheckpointFiles:
         temporary, final = self._temporary(state), self.save_dir / checkpoint_name(state)
         writer.finish()
         try:
-            raise_on_all(None if writer.error is None else _reason(writer.error, writer.failed))
+            problem = None if writer.error is None else _reason(writer.error, writer.failed)
+            raise_on_all(problem, group=self.group)
             every: list[dict[str, str]] = [{}] * dist.get_world_size()
             own = {str(p.relative_to(temporary)): sum_ for p, sum_ in writer.checksums.items()}
-            dist.all_gather_object(every, own)
+            dist.all_gather_object(every, own, self.group)
             written = {name: sum_ for sums in every for name, sum_ in sums.items()}
-            problem = None
             if dist.get_rank() == 0:
                 problem = _problem_of(lambda: self._publish(temporary, final, written))
-            raise_on_all(problem)
+            raise_on_all(problem, group=self.group)
         except SaveError:
             if dist.get_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -211,15 +213,15 @@ def restore(checkpoint: Path, optimizer: Any, layout: Layout) -> None:
     raise_on_all(mistake, DataError)
 
 
-def raise_on_all(problem: str | None, kind: type[DataError] = SaveError) -> None:
+def raise_on_all(problem: str | None, kind: type[DataError] = SaveError, group: Any = None) -> None:
     """Raises the first of all processes' problems on all of them.
 
     The first process of a machine is the one that speaks, and each process has files of its own.
     """
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group)
     for found in filter(None, problems):
-        raise kind(found)
+        raise agreed(kind(found))
 
 
 def _make_directories(temporary: Path) -> None:

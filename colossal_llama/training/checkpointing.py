@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
+from colossal_llama.errors import ColossalLlamaError
 from colossal_llama.training.callbacks import Callback, any_rank
 from colossal_llama.training.checkpoint import CheckpointFiles, SaveError
 from colossal_llama.training.file_writer import FileWriter, HostCopies
@@ -29,6 +31,8 @@ class Checkpointer(Callback):
         keep_last: checkpoints to keep; 0 keeps all.
         in_background: training goes on while files are written.
         go_on: a checkpoint that cannot be written is a warning, not the end of the run.
+        resumes_own: the run goes on from a checkpoint in its own directory; otherwise all that
+            are there are of other runs.
     """
 
     PATIENCE = 4  # times --hang_timeout that a save may take
@@ -41,7 +45,9 @@ class Checkpointer(Callback):
         keep_last: int,
         in_background: bool,
         go_on: bool,
+        resumes_own: bool,
     ) -> None:
+        self._resumes_own = resumes_own
         self._files, self._interval, self._keep_last = files, interval, keep_last
         self._in_background, self._go_on = in_background, go_on
         self._copies = HostCopies()
@@ -53,7 +59,8 @@ class Checkpointer(Callback):
         self._epoch = trainer.state.epoch
         if dist.get_rank() == 0:
             self._files.remove_leftovers()
-            for name in self._files.set_aside(trainer.state.step):
+            begin = trainer.state.step if self._resumes_own else 0
+            for name in self._files.set_aside(begin):
                 trainer.say(f"warning: a checkpoint of another run is now called {name}")
 
     def step_ended(self, trainer: Trainer, metrics: StepMetrics) -> None:
@@ -68,11 +75,16 @@ class Checkpointer(Callback):
             self._attempt(trainer, self._save, go_on=self._go_on and not trainer.is_over)
 
     def run_ends(self, trainer: Trainer) -> None:
-        if self._in_flight is not None:
-            # After an error: nobody will publish it. A thread that is still writing when Python
-            # exits would abort the process.
-            _, writer, _ = self._in_flight
-            writer.finish()
+        if self._in_flight is None:
+            return
+        error = sys.exc_info()[1]  # there is one: otherwise the last step would have published it
+        if isinstance(error, ColossalLlamaError) and error.on_all_processes:
+            self._attempt(trainer, self._publish, go_on=True)
+        else:
+            # It cannot be published without the others. But a thread that is still writing when
+            # Python exits would abort the process.
+            self._tell_watchdog(trainer)
+            self._in_flight[1].finish()
 
     def _save(self, trainer: Trainer) -> None:
         started = time.perf_counter()
@@ -100,16 +112,25 @@ class Checkpointer(Callback):
         self.longest_save = max(self.longest_save, time.perf_counter() - started)
 
     def _attempt(self, trainer: Trainer, action: Callable[[Trainer], None], *, go_on: bool) -> None:
-        allowance = self.PATIENCE * trainer.watchdog.timeout
-        trainer.watchdog.beat(trainer.state.step, "checkpoint", allowance)
+        self._tell_watchdog(trainer)
         try:
             action(trainer)
         except SaveError as error:
             self._in_flight = None
             if not go_on:
                 raise
+            trainer.say(f"warning: {error}{self._free_space()}; training goes on without it")
+
+    def _tell_watchdog(self, trainer: Trainer) -> None:
+        allowance = self.PATIENCE * trainer.watchdog.timeout
+        trainer.watchdog.beat(trainer.state.step, "checkpoint", allowance)
+
+    def _free_space(self) -> str:
+        try:
             free = shutil.disk_usage(self._files.save_dir).free / 2**30
-            trainer.say(f"warning: {error} ({free:.1f} GiB are free); training goes on without it")
+        except OSError:  # the disk is gone altogether
+            return ""
+        return f" ({free:.1f} GiB are free)"
 
 
 class Stopper(Callback):

@@ -65,10 +65,15 @@ class FileWriter:
 
     def write(self, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         """Writes ``tensors`` to ``path``; the file is on the disk after ``finish``."""
-        if self.late:
-            self._waiting.append((self.copies.take(tensors, path), path))
-        elif self.error is None:
-            self._write({name: t.detach().cpu() for name, t in tensors.items()}, path)
+        if self.error is not None:
+            return
+        try:
+            if self.late:
+                self._waiting.append((self.copies.take(tensors, path), path))
+            else:
+                self._write({name: t.detach().cpu() for name, t in tensors.items()}, path)
+        except Exception as error:  # such as a host memory that is full
+            self.error, self.failed = error, path
 
     def start(self) -> None:
         """Begins to write what was taken late."""

@@ -35,6 +35,8 @@ class Passes:
 
     def __post_init__(self) -> None:
         self._finite: list[torch.Tensor] = []
+        self._progress: Callable[[], None] | None = None
+        self.model.unwrap().register_forward_pre_hook(self._tell)
         if not self.layout.pipeline or self._holds_embeddings():
             self.model.unwrap().get_input_embeddings().register_forward_hook(self._watch)
 
@@ -53,6 +55,10 @@ class Passes:
         """
         return all(bool(finite) for finite in self._finite)
 
+    def _tell(self, module: Any, args: Any) -> None:
+        if self._progress is not None:
+            self._progress()
+
     def _watch(self, module: Any, args: Any, embedded: torch.Tensor) -> None:
         if embedded.requires_grad:
             # Kept on the device: reading it would wait.
@@ -61,14 +67,29 @@ class Passes:
     def _holds_embeddings(self) -> bool:
         return bool(self.booster.plugin.stage_manager.is_first_stage())
 
-    def forward_backward(self, micro_batches: Sequence[Batch], per_token: float) -> torch.Tensor:
+    def forward_backward(
+        self,
+        micro_batches: Sequence[Batch],
+        per_token: float,
+        progress: Callable[[], None] | None = None,
+    ) -> torch.Tensor:
         """Adds the gradients of the sum of all losses times ``per_token``.
 
         Plugins average gradients over the data and sequence parallel ranks, which is undone here.
 
+        Args:
+            progress: is called when a micro-batch begins.
+
         Returns:
             float64 [categories], this process's sum of losses (without the factor).
         """
+        self._progress = progress
+        try:
+            return self._forward_backward(micro_batches, per_token)
+        finally:
+            self._progress = None
+
+    def _forward_backward(self, micro_batches: Sequence[Batch], per_token: float) -> torch.Tensor:
         sums = self._no_sums()
         factor = per_token * self.layout.gradient_ranks
         if self.layout.pipeline:
@@ -153,6 +174,6 @@ class Passes:
 
 def sum_over_ranks(values: torch.Tensor, contributes: bool) -> torch.Tensor:
     """The sum of ``values``, float64, over the processes that contribute; on the CPU."""
-    total = values if contributes else torch.zeros_like(values)
+    total = values.clone() if contributes else torch.zeros_like(values)
     dist.all_reduce(total)
     return total.cpu()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from colossal_llama import storage
-from colossal_llama.errors import ColossalLlamaError
+from colossal_llama.errors import ColossalLlamaError, agreed
 from colossal_llama.training import gradients
 from colossal_llama.training.callbacks import Callback, Outcome, any_rank
 
@@ -44,10 +44,13 @@ class NonFiniteGuard(Callback):
         reason = f"the {what} is not finite"
         note_bad_batch(self._file, trainer, outcome, reason)
         if self._in_a_row > self._max_bad_steps:
-            raise ColossalLlamaError(
-                f"{reason} at step {outcome.step}, and --max_bad_steps is {self._max_bad_steps}; "
-                f"no update was made with it. {self._file} names the batch. Resume from the last "
-                "checkpoint with a lower --lr, or with --mixed_precision bf16"
+            raise agreed(
+                ColossalLlamaError(
+                    f"{reason} at step {outcome.step}, and --max_bad_steps is "
+                    f"{self._max_bad_steps}; no update was made with it. {self._file} names the "
+                    "batch. Resume from the last checkpoint with a lower --lr, or with "
+                    "--mixed_precision bf16"
+                )
             )
         return reason
 

@@ -108,7 +108,8 @@ def attention_implementation(options: TrainOptions) -> str:
         # for "sdpa" transformers gives none where no row is padded, and means "causal" by it.
         # "eager" always gives the causal mask. (Without it tokens see their successors.)
         return "eager"
-    if options.use_flash_attn and torch.cuda.is_available() and is_flash_attn_2_available():
+    takes_it = options.mixed_precision != "fp32" and torch.cuda.is_available()
+    if options.use_flash_attn and takes_it and is_flash_attn_2_available():
         return "flash_attention_2"
     return "sdpa"
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.utils import is_flash_attn_2_available
 
 from colossal_llama.training.arguments import TrainOptions
 
@@ -85,6 +86,16 @@ def _common(options: TrainOptions) -> dict[str, Any]:
     }
 
 
+def _uses_flash_attention(options: TrainOptions) -> bool:
+    """Whether ColossalAI's own attention takes the place of transformers'.
+
+    Without flash-attn it wants a full mask, which transformers' SDPA does not; only sequence
+    parallelism is better off with it all the same.
+    """
+    worth_it = is_flash_attn_2_available() or options.sp > 1
+    return options.use_flash_attn and torch.cuda.is_available() and worth_it
+
+
 def _gemini(options: TrainOptions, accumulation_steps: int, placement: str = "static") -> Any:
     from colossalai.booster.plugin import GeminiPlugin
 
@@ -95,8 +106,10 @@ def _gemini(options: TrainOptions, accumulation_steps: int, placement: str = "st
         # Costs a second set of gradients, so only where it is used.
         enable_gradient_accumulation=accumulation_steps > 1,
         pin_memory=on_cuda,
-        enable_async_reduce=on_cuda,
-        enable_flash_attention=options.use_flash_attn and on_cuda,
+        # It frees chunks while another stream still reads them (zero/gemini/chunk/chunk.py,
+        # ``reduce``), which torch no longer notices (its pull request 148590).
+        enable_async_reduce=False,
+        enable_flash_attention=_uses_flash_attention(options),
     )
 
 
@@ -141,8 +154,10 @@ def _three_d(options: TrainOptions, accumulation_steps: int) -> Any:
         sequence_parallelism_mode="all_to_all" if options.sp > 1 else None,
         # ZeRO shards over data and sequence parallel ranks; over one there is nothing to shard.
         zero_stage=options.zero_stage if sharing > 1 else 0,
-        overlap_communication=on_cuda,
-        enable_flash_attention=options.use_flash_attn and on_cuda,
+        # A pipeline reduces after its last pass, and nobody waits for the other stream then
+        # (zero/low_level/low_level_optim.py, ``_sync_grad``).
+        overlap_communication=on_cuda and options.pp == 1,
+        enable_flash_attention=_uses_flash_attention(options),
         microbatch_size=options.micro_batch_size,
         # Rows differ in length from step to step, so shapes have to be sent every time.
         enable_metadata_cache=False,

@@ -26,7 +26,10 @@ def checkpoint_to_load(options: TrainOptions) -> Path | None:
     """The checkpoint of the run that is resumed; None for a new run."""
     load = options.load_checkpoint
     if load == "auto":
-        return newest_checkpoint(options.save_dir)
+        # Another machine may see an older state of a shared file system.
+        newest = [newest_checkpoint(options.save_dir) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(newest, src=0)
+        return newest[0]
     return Path(load) if load is not None and is_checkpoint(Path(load)) else None
 
 

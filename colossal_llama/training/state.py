@@ -53,6 +53,13 @@ def is_checkpoint(directory: Path | str) -> bool:
     return (Path(directory) / STATE_FILE).is_file()
 
 
+def goes_on_in(save_dir: Path, load: str | None) -> bool:
+    """Whether ``--load_checkpoint`` is a checkpoint of the run that ``save_dir`` holds."""
+    if load is None or load == "auto":
+        return load is not None
+    return is_checkpoint(load) and Path(load).resolve().parent == save_dir.resolve()
+
+
 def checkpoints(save_dir: Path) -> list[Path]:
     """The complete checkpoints of ``save_dir``, from the fewest steps to the most.
 

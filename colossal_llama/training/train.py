@@ -14,7 +14,7 @@ from colossal_llama.runtime.distributed import distributed
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.recipe import recipe_path
 from colossal_llama.training.stages import run_recipe
-from colossal_llama.training.state import is_checkpoint, newest_checkpoint
+from colossal_llama.training.state import goes_on_in, newest_checkpoint
 
 __all__ = ["EXIT_STOPPED", "TrainOptions", "train"]
 
@@ -71,9 +71,8 @@ def check_save_dir(options: TrainOptions) -> None:
     Raises:
         UsageError: naming the reason, before the model is loaded; nothing was written.
     """
-    load = options.load_checkpoint
-    resumes_it = load is not None and (load == "auto" or is_checkpoint(load))
-    if newest_checkpoint(options.save_dir) and not resumes_it and not options.overwrite:
+    own = options.overwrite or goes_on_in(options.save_dir, options.load_checkpoint)
+    if newest_checkpoint(options.save_dir) and not own:
         raise UsageError(
             [
                 f"--save_dir {options.save_dir} holds the checkpoints of another run; choose "

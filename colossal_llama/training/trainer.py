@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from colossal_llama.dataset.sampler import GlobalSampler
-from colossal_llama.errors import DataError
+from colossal_llama.errors import DataError, agreed
 from colossal_llama.runtime.watchdog import Watchdog
 from colossal_llama.training import batches, gradients
 from colossal_llama.training.batches import Batch, BatchMaker
@@ -112,7 +112,7 @@ class Trainer:
         self.passes.start_step(self.state.samples, len(rows))
         with clock.phase("forward and backward"):
             loss_tokens = max(1.0, float(by_category.sum()))
-            own = self.passes.forward_backward(micro_batches, 1 / loss_tokens)
+            own = self.passes.forward_backward(micro_batches, 1 / loss_tokens, clock.go_on)
             sums = sum_over_ranks(own, self.layout.reports_loss)
             own_finite = bool(torch.isfinite(own).all())
         outcome = Outcome(
@@ -174,7 +174,7 @@ class Trainer:
             return
         mistakes: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(mistakes, mistake)
-        raise DataError(next(filter(None, mistakes)))
+        raise agreed(DataError(next(filter(None, mistakes))))
 
     def _sum_counts(self, micro_batches: Sequence[Batch]) -> torch.Tensor:
         """Loss-carrying tokens of each category and, last, all tokens, over all processes."""
@@ -240,14 +240,19 @@ class _Clock:
 
     def __init__(self, watchdog: Watchdog, step: int) -> None:
         self.seconds: dict[str, float] = {}
-        self._watchdog, self._step = watchdog, step
+        self._watchdog, self._step, self._phase = watchdog, step, ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._watchdog.beat(self._step, name)
+        self._phase = name
+        self.go_on()
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
+
+    def go_on(self) -> None:
+        """The phase takes long, but it has come on."""
+        self._watchdog.beat(self._step, self._phase)
 
     @property
     def total(self) -> float:

@@ -189,6 +189,19 @@ def gemini_saved_dtype() -> dict[str, list[str]]:
     return found
 
 
+def gemini_offloaded_weights() -> bool:
+    """Whether what is saved is what the masters became in host memory."""
+    _, model, _ = boosted(gemini("sharded", enable_gradient_accumulation=True), layers())
+    chunk = model.chunk_manager.get_chunk(next(iter(model.fp16_params)))
+    for one in (chunk, chunk.paired_chunk):
+        assert not one.is_gathered
+        one.cpu_shard, one.cuda_shard = one.cuda_shard, None
+    chunk.paired_chunk.cpu_shard.fill_(2)
+    chunk.optim_sync_flag = False  # as ``optim_update`` leaves it, which looks at device types
+    saved = model._get_chunk_to_save_data(chunk, False)
+    return all(bool((tensor == 2).all()) for tensor in saved.values())
+
+
 def detached_padding() -> list[int]:
     from colossalai.tensor.padded_tensor import to_padded_tensor, to_unpadded_tensor
 
@@ -305,6 +318,7 @@ CHECKS = (
     (gemini_accumulation, patches.gemini_accumulation),
     (gemini_skipped_step, patches.gemini_skipped_step),
     (gemini_saved_dtype, patches.gemini_saved_dtype),
+    (gemini_offloaded_weights, patches.gemini_offloaded_weights),
     (detached_padding, patches.detached_padding),
     (scaled_bf16_gradients, patches.scaled_bf16_gradients),
 )

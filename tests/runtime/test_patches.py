@@ -107,6 +107,11 @@ def test_gemini_saves_the_working_dtype(report: Report) -> None:
     assert with_it == {"gathered": half, "sharded": half}
 
 
+def test_gemini_saves_what_was_updated_in_host_memory(report: Report) -> None:
+    assert report.without["gemini_offloaded_weights"] is False
+    assert report.with_it["gemini_offloaded_weights"] is True
+
+
 def test_padding_is_removed_from_a_detached_embedding(report: Report) -> None:
     assert "_unpad_detach" in report.without["detached_padding"]
     assert report.with_it["detached_padding"] == [5, 2]

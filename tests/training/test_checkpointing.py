@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 
 def checkpointer(save_dir: Path, **settings: Any) -> Checkpointer:
     plain = {"interval": 0, "keep_last": 0, "in_background": False, "go_on": False}
+    plain["resumes_own"] = True
     return Checkpointer(checkpoint_files(save_dir), **{**plain, **settings})
 
 
@@ -267,6 +269,26 @@ def test_error_is_a_warning_where_that_is_asked_for(
     assert "No space left on device" in warning
     assert "GiB are free" in warning
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_is_gone_is_a_warning_as_well(tmp_path: Path) -> None:
+    own = checkpointer(tmp_path / "disk" / "run", interval=1, go_on=True)
+    trainer = Trainer()
+    own.run_begins(trainer)
+    shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "disk").touch()
+    take_step(trainer, own)
+    (warning,) = trainer.said
+    assert warning.startswith("warning: cannot write the checkpoint: ")
+
+
+def test_checkpoints_of_another_run_are_out_of_the_way(tmp_path: Path) -> None:
+    """Also those of fewer steps: they would be counted, and removed, as this run's."""
+    run(checkpointer(tmp_path, interval=1), 3)
+    trainer = run(checkpointer(tmp_path, keep_last=1, resumes_own=False), 6, first=4)
+    assert saved_steps(tmp_path) == [6]
+    assert len(list(tmp_path.glob("*set-aside*"))) == 3
+    assert sum("of another run" in text for text in trainer.said) == 3
 
 
 def test_a_save_that_failed_does_not_cost_the_next(tmp_path: Path, disk: Disk) -> None:

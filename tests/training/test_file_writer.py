@@ -39,6 +39,21 @@ def finished(writer: FileWriter) -> FileWriter:
     return writer
 
 
+class NoMemory(HostCopies):
+    def take(self, tensors: Any, path: Path) -> dict[str, torch.Tensor]:
+        raise RuntimeError("DefaultCPUAllocator: not enough memory")
+
+
+def test_no_error_leaves_it_while_others_wait(tmp_path: Path) -> None:
+    writer = FileWriter(late=True, copies=NoMemory())
+    for name in ("a", "b"):
+        writer.write(tensors(), tmp_path / name)
+    finished(writer)
+    assert "not enough memory" in str(writer.error)
+    assert writer.failed == tmp_path / "a"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_files_hold_what_was_handed_over(tmp_path: Path, late: bool) -> None:
     """Whatever happens to the tensors afterwards: training goes on with them."""

@@ -120,6 +120,9 @@ def test_another_run_s_directory_is_refused(options: TrainOptions, assembly: Any
     own = checkpoint(options.save_dir)
     with pytest.raises(UsageError, match="holds the checkpoints of another run"):
         train(options)
+    elsewhere = {"load_checkpoint": str(checkpoint(options.save_dir.parent / "elsewhere"))}
+    with pytest.raises(UsageError, match="holds the checkpoints of another run"):
+        train(command.build(TrainOptions, {**vars(options), **elsewhere}))
     for change in ({"overwrite": True}, {"load_checkpoint": "auto"}, {"load_checkpoint": str(own)}):
         assert train(command.build(TrainOptions, {**vars(options), **change})) == 0
 

@@ -78,6 +78,25 @@ def test_full_disk_ends_a_run_in_good_order(lab: Lab, straight: Path, mode: str)
     equals(seen, straight, 8)
 
 
+def test_one_machine_sees_an_old_directory(lab: Lab, straight: Path, tmp_path: Path) -> None:
+    """All ranks resume from the same checkpoint: that which the first rank sees."""
+    save_dir = tmp_path / "run"
+    assert lab.run("--max_steps 3", save_dir).codes == [0, 0]
+    done = lab.run(AUTO, save_dir, {"do": "see_old_directory", "rank": 1})
+    assert done.codes == [0, 0], done
+    equals(save_dir, straight, 8)
+
+
+@pytest.mark.parametrize("plugin", ["3d --pp 2 --accumulation_steps 2", "3d --tp 2", "gemini"])
+def test_one_rank_cannot_write_even_an_index(lab: Lab, tmp_path: Path, plugin: str) -> None:
+    """ColossalAI writes it between two collectives."""
+    limit = {"do": "limit_files", "rank": 1, "step": 2, "bytes": 200}
+    done = lab.run(f"--plugin {plugin} --max_steps 2", tmp_path / "run", limit)
+    one_error(done, "cannot write the checkpoint", "File too large")
+    assert list(checkpoints(tmp_path / "run")) == [1]
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 @pytest.mark.parametrize("mode", ["", "--async_save"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_cannot_write(

@@ -105,10 +105,14 @@ def test_nan_in_one_ranks_gradient_moves_nothing(
     assert sum(map(len, line["samples"].values())) == (8 if name in ("3d-tp", "3d-pp") else 4)
 
 
-def test_too_many_bad_steps_end_a_run(lab: Lab, straight: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["", "--async_save"])
+def test_too_many_bad_steps_end_a_run(lab: Lab, straight: Path, tmp_path: Path, mode: str) -> None:
+    """The checkpoint that is being written meanwhile is the last to resume from."""
     spoil = {"do": "spoil", "rank": 1, "steps": [3, 4], "value": "nan", "forward": True}
-    done = lab.run(f"{FULL_LENGTH} --max_bad_steps 1", tmp_path / "run", spoil)
+    done = lab.run(f"{FULL_LENGTH} --max_bad_steps 1 {mode}", tmp_path / "run", spoil)
     one_error(done, "the loss is not finite at step 4", "bad_batches.jsonl")
+    lines = (tmp_path / "run" / "bad_batches.jsonl").read_text().splitlines()
+    assert [json.loads(line)["ranks"] for line in lines] == [[1], [1]]
     found = checkpoints(tmp_path / "run")
     assert max(found) == 3
     assert not moves(found[2], found[3])

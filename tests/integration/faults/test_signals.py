@@ -59,6 +59,18 @@ def test_run_ends_before_its_time_is_up(lab: Lab, tmp_path: Path) -> None:
     assert last - first < 9  # a machine may be busy
 
 
+def test_a_long_step_is_not_taken_for_hung(lab: Lab, tmp_path: Path) -> None:
+    """As long as its micro-batches come on."""
+    plain = "--max_steps 1 --hang_timeout 2 --micro_batch_size 1 --accumulation_steps 7"
+    flags = [f"{plain} --plugin {plugin}" for plugin in ("zero2", "3d --pp 2")]
+    jobs = [lab.flags(own, tmp_path / str(number)) for number, own in enumerate(flags)]
+    done = lab.run_all(jobs, {"do": "slow", "seconds": 0.5})
+    assert done.codes == [0, 0], done
+    for number in range(len(jobs)):
+        (step,) = metrics(tmp_path / str(number))
+        assert step["seconds"] > 3
+
+
 def test_sigterm_through_torchrun(lab: Lab, tmp_path: Path) -> None:
     save_dir = tmp_path / "run"
     launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2", "train.py"]

@@ -30,7 +30,9 @@ from transformers import AutoModelForCausalLM
 
 from colossal_llama import command
 from colossal_llama.runtime.distributed import distributed
+from colossal_llama.training import resuming
 from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.state import checkpoints
 from colossal_llama.training.train import train
 from colossal_llama.training.trainer import StepMetrics, Trainer
 
@@ -166,6 +168,21 @@ def remove(step: int, path: str) -> None:
     at_steps([step], act)
 
 
+def slow(seconds: float) -> None:
+    """Every forward pass takes that much longer."""
+
+    def wait(trainer: Trainer) -> None:
+        layer = next(m for m in trainer.model.unwrap().modules() if hasattr(m, "o_proj"))
+        layer.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+    at_steps([1], wait)
+
+
+def see_old_directory() -> None:
+    """The file system does not show this process the newest checkpoint yet."""
+    resuming.newest_checkpoint = lambda save_dir: checkpoints(save_dir)[-2]
+
+
 def spoil(steps: list[int], value: str, forward: bool) -> None:
     """One number in the last layer that this process has: of its output, or of its gradient."""
     active = False
@@ -203,7 +220,8 @@ def spoil(steps: list[int], value: str, forward: bool) -> None:
 FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
-        list_operations, kill_in_save, kill_in_write, limit_files, fill_disk, send, remove, spoil,
+        list_operations, kill_in_save, kill_in_write, limit_files, fill_disk, send, remove, slow,
+        see_old_directory, spoil,
     )
 }  # fmt: skip
 
