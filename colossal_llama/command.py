@@ -325,8 +325,21 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of two settings with one name the last would win in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = set()
+            for key, _ in node.value:
+                if key.value in names and key.tag != "tag:yaml.org,2002:merge":
+                    raise yaml.MarkedYAMLError(
+                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                    )
+                names.add(key.value)
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise UsageError([f"{where}: {error.strerror}"]) from None
     except UnicodeDecodeError:
@@ -376,7 +389,9 @@ def _convert(options_type: type, field: dataclasses.Field[Any], value: Any) -> A
         if field.default is None:
             return None
         raise ValueError("needs a value")
-    convert, is_list, _ = _converter(options_type, field)
+    convert, is_list, is_boolean = _converter(options_type, field)
+    if isinstance(value, bool) and not is_boolean:
+        raise ValueError("YAML takes this word for true or false: put it in quotes")
     choices = field.metadata["choices"]
     if choices and str(value) not in choices:
         raise ValueError(f"{value!r} is not one of {', '.join(choices)}")

@@ -392,3 +392,18 @@ def test_one_process_a_machine_reports_a_mistake(
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         assert run_raising(DataError("bad line")) == 2
         assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("size: 1\nsize: 2\n", "size is there twice"),
+        ("letters: no\n", "letters: YAML takes this word for true or false: put it in quotes"),
+    ],
+)
+def test_what_yaml_would_take_in_silence(tmp_path: Path, text: str, words: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(UsageError, match=words) as found:
+        parse("--config", str(config))
+    assert str(config) in str(found.value)

@@ -144,7 +144,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_FILE
     if not path.is_file():
         raise DataError(
-            f"{path}: no such file; a part is read from the directory it was prepared in"
+            f"{directory}: not a prepared dataset (no {MANIFEST_FILE}); a part is read from the "
+            "directory it was prepared in"
         )
     content = read_json(path)
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -204,5 +204,12 @@ def introduce(options: TrainOptions, rows: TrainingRows, trainer: Trainer, batch
         f"{options.plugin} on {dist.get_world_size()} processes: {len(rows):,} rows, "
         f"{batch_size} rows a step, {trainer.schedule.total_steps:,} steps"
     )
-    for line in describe_mixture(options, rows):
+    for line in describe_mixture(options, rows, trainer.schedule.total_steps * batch_size):
         trainer.say(line)
+    state = trainer.state
+    if state.step:
+        trainer.say(f"goes on after step {state.step:,}, at sample {state.samples:,}")
+    if trainer.is_over:
+        trainer.say(
+            "that was the last step: nothing is left to do (more: --max_steps, --num_epochs)"
+        )

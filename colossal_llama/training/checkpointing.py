@@ -61,7 +61,7 @@ class Checkpointer(Callback):
             self._files.remove_leftovers()
             begin = trainer.state.step if self._resumes_own else 0
             for name in self._files.set_aside(begin):
-                trainer.say(f"warning: a checkpoint of another run is now called {name}")
+                trainer.say(f"warning: a checkpoint that is not this run's is now called {name}")
 
     def step_ended(self, trainer: Trainer, metrics: StepMetrics) -> None:
         passed_epoch, self._epoch = trainer.state.epoch > self._epoch, trainer.state.epoch

@@ -15,6 +15,7 @@ from colossal_llama.runtime.distributed import world_size
 from colossal_llama.storage import read_json
 from colossal_llama.training.parameters import old_rows
 from colossal_llama.training.reporting import check_reporters
+from colossal_llama.training.save_dir import run_directory
 from colossal_llama.training.schedule import schedule_problems
 from colossal_llama.training.state import is_checkpoint
 
@@ -67,6 +68,10 @@ def _numbers(options: TrainOptions) -> Iterator[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             yield f"--{name} must be at least 1"
+    if not 0 <= options.seed < 1 << 32:
+        yield f"--seed must be from 0 to {(1 << 32) - 1}"
+    if options.overwrite and options.load_checkpoint == "auto":
+        yield "--overwrite begins anew, --load_checkpoint auto goes on: leave one out"
     if not 0 <= options.lora_dropout < 1:
         yield "--lora_dropout must be at least 0 and below 1"
     for name in ("max_time", "hang_timeout"):
@@ -96,6 +101,8 @@ def _layout(options: TrainOptions, processes: int) -> Iterator[str]:
         for name in ("tp", "pp", "sp"):
             if getattr(options, name) > 1:
                 yield f"--{name} needs --plugin 3d, not {options.plugin}"
+        if options.zero_stage != type(options).zero_stage:
+            yield f"--zero needs --plugin 3d, not {options.plugin}"
     model_parallel = options.tp * options.pp * options.sp
     if model_parallel > 0 and processes % model_parallel:
         yield (
@@ -171,8 +178,8 @@ def _what_is_trained(options: TrainOptions) -> Iterator[str]:
     if lora and options.lora_alpha == 0:
         yield "--lora_alpha must be above 0: it is the scale of what --lora_rank adds"
     if not lora:
-        for name in ("lora_train_embeddings", "lora_modules", "lora_dropout"):
-            if getattr(options, name):
+        for name in ("lora_train_embeddings", "lora_modules", "lora_dropout", "lora_alpha"):
+            if getattr(options, name) != getattr(type(options), name, None):
                 yield f"--{name} needs --lora_rank"
     if options.train_new_rows_only and lora and not options.lora_train_embeddings:
         yield "--train_new_rows_only with --lora_rank needs --lora_train_embeddings"
@@ -183,20 +190,28 @@ def _what_is_trained(options: TrainOptions) -> Iterator[str]:
 def _paths(options: TrainOptions) -> Iterator[str]:
     if not (options.pretrained / "config.json").is_file():
         yield f"--pretrained {options.pretrained}: not a model directory (no config.json)"
+    if hint := run_directory(options.pretrained):
+        yield f"--pretrained: {hint}"
     for name in ("dataset", "eval_dataset"):
         for path in getattr(options, name) or []:
             if not path.is_dir():
-                yield f"--{name} {path}: not found"
+                yield f"--{name} {path}: {_not_a_directory(path)}"
     if options.load_checkpoint is None or options.load_checkpoint == "auto":
         return
     load = Path(options.load_checkpoint)
     if not load.is_dir():
-        yield f"--load_checkpoint {load}: not found"
+        yield f"--load_checkpoint {load}: {_not_a_directory(load)}"
+    elif not is_checkpoint(load) and (hint := run_directory(load)):
+        yield f"--load_checkpoint: {hint}; auto resumes the run of --save_dir"
     elif not is_checkpoint(load) and not (load / "config.json").is_file():
         yield (
             f"--load_checkpoint {load}: neither a checkpoint (no running_states.json) nor a "
             "model directory (no config.json)"
         )
+
+
+def _not_a_directory(path: Path) -> str:
+    return "a file; expected a directory" if path.exists() else "not found"
 
 
 def _model(options: TrainOptions) -> Iterator[str]:

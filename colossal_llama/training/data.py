@@ -50,11 +50,14 @@ def build_sampler(options: TrainOptions, rows: TrainingRows, batch_size: int) ->
     )
 
 
-def describe_mixture(options: TrainOptions, rows: TrainingRows) -> list[str]:
-    """A line for each weighted dataset: its share, and how often the run goes through it."""
+def describe_mixture(options: TrainOptions, rows: TrainingRows, samples: int) -> list[str]:
+    """A line for each weighted dataset: its share, and how often the run goes through it.
+
+    Args:
+        samples: of the whole run.
+    """
     if options.dataset_weights is None:
         return []
-    samples = options.num_epochs * len(rows)
     datasets = zip(options.dataset, options.dataset_weights, rows.datasets, strict=True)
     return [
         f"{path}: {weight:.1%} of the samples, {samples * weight / sum(parts):.2f} epochs of "

@@ -61,6 +61,8 @@ class EstimateOptions(TrainOptions):
             found.append("--vocab_size must be at least 1")
         if self.device_memory_gib is not None and self.device_memory_gib <= 0:
             found.append("--device_memory_gib must be positive")
+        if self.output is not None and self.output.exists() and not self.overwrite:
+            found.append(f"--output {self.output} exists; choose another, or give --overwrite")
         return found or checks.conflicts(self, self.processes)
 
 

@@ -157,8 +157,13 @@ def describe(result: dict[str, Any]) -> str:
     """An evaluation in a line."""
     bits = result["bits_per_byte"]
     told = f"step {result['step']}: evaluation loss {result['loss']:.4f}"
-    told += "" if bits is None else f", {bits:.4f} bits per byte"
-    losses = result["loss_by_category"]
-    if len(losses) > 1:
-        told += f" ({', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())})"
+    told += _by_category(result["loss_by_category"])
+    if bits is not None:
+        told += f", {bits:.4f} bits per byte" + _by_category(result["bits_per_byte_by_category"])
     return f"{told}, {result['seconds']:.1f} s"
+
+
+def _by_category(values: dict[str, float]) -> str:
+    if len(values) < 2:
+        return ""
+    return f" ({', '.join(f'{name} {value:.4f}' for name, value in values.items())})"

@@ -108,6 +108,6 @@ def resume(checkpoint: Path, state: RunningState, boosted: Boosted) -> None:
     else:
         say(
             f"warning: {checkpoint} was written by {saved.identity()}, this is "
-            f"{state.identity()}: weights (in half precision) and data position are carried "
+            f"{state.identity()}: weights (as modeling/ has them) and data position are carried "
             "over, the optimizer's moments start anew"
         )

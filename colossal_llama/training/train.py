@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import gc
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 
 from colossal_llama import command
-from colossal_llama.errors import UsageError
 from colossal_llama.runtime.distributed import distributed
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.recipe import recipe_path
+from colossal_llama.training.save_dir import check_save_dir, held
 from colossal_llama.training.stages import run_recipe
-from colossal_llama.training.state import goes_on_in, newest_checkpoint
 
 __all__ = ["EXIT_STOPPED", "TrainOptions", "train"]
 
 # EX_TEMPFAIL of sysexits.h: stopped early, with a checkpoint; the same command goes on from it.
 EXIT_STOPPED = 75
-
-# Of the disk of SAVE_DIR, in bytes: less is as good as full.
-_LEAST_SPACE = 1 << 16
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -45,7 +40,7 @@ def train(options: TrainOptions, started: float | None = None) -> int:
     """
     started = time.monotonic() if started is None else started
     check_save_dir(options)
-    with distributed(options.seed):
+    with distributed(options.seed), held(options.save_dir):
         from colossal_llama.training.assembly import build_trainer
 
         trainer = build_trainer(options, started)
@@ -63,29 +58,3 @@ def train(options: TrainOptions, started: float | None = None) -> int:
             del trainer
             gc.collect()
     return EXIT_STOPPED if stopped else 0
-
-
-def check_save_dir(options: TrainOptions) -> None:
-    """Refuses to mix two runs in one directory, and to train what cannot be saved.
-
-    Raises:
-        UsageError: naming the reason, before the model is loaded; nothing was written.
-    """
-    own = options.overwrite or goes_on_in(options.save_dir, options.load_checkpoint)
-    if newest_checkpoint(options.save_dir) and not own:
-        raise UsageError(
-            [
-                f"--save_dir {options.save_dir} holds the checkpoints of another run; choose "
-                "another directory, resume with --load_checkpoint auto, or give --overwrite"
-            ]
-        )
-    place = options.save_dir
-    while not place.exists():
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place, buffering=0) as probe:
-            probe.write(bytes(_LEAST_SPACE))
-    except OSError as error:
-        raise UsageError(
-            [f"--save_dir {options.save_dir}: cannot write to {place}: {error.strerror}"]
-        ) from None

@@ -103,7 +103,7 @@ def test_unlisted_and_orphaned_parts(output, tokenizer_dir, tmp_path):
     with pytest.raises(DataError, match="not a part that"):
         check_part(output / "part-00007", tokenizer_dir)
     shutil.move(output / "part-00000", tmp_path / "elsewhere")
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="not a prepared dataset"):
         check_part(tmp_path / "elsewhere", tokenizer_dir)
 
 

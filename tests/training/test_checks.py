@@ -52,7 +52,7 @@ RULES = [
         Rule(f"--{name} -1", f"--{name} must not be negative", f"--{name} 0")
         for name in (
             *("save_interval", "keep_last", "weight_decay", "grad_clip", "neftune_noise_alpha"),
-            *("max_bad_steps", "loss_spike_sigma", "lora_rank", "lora_alpha", "lr"),
+            *("max_bad_steps", "loss_spike_sigma", "lora_rank", "lr"),
             "warmup_steps",
         )
     ),
@@ -61,7 +61,27 @@ RULES = [
         for name in ("grad_clip", "loss_spike_sigma", "weight_decay", "lr")
         for value in ("nan", "inf")
     ),
-    Rule("--zero 3", "--zero must be 0, 1 or 2", "--zero 2"),
+    Rule("--plugin 3d --zero 3", "--zero must be 0, 1 or 2", "--plugin 3d --zero 2"),
+    Rule("--plugin zero2 --zero 2", "--zero needs --plugin 3d", "--plugin 3d --zero 2"),
+    *(
+        Rule(f"--seed {seed}", "--seed must be from 0 to 4294967295", "--seed 4294967295")
+        for seed in (-1, 1 << 32)
+    ),
+    Rule(
+        "--load_checkpoint auto --overwrite",
+        "--overwrite begins anew, --load_checkpoint auto goes on",
+        "--load_checkpoint auto",
+    ),
+    Rule(
+        "--plugin zero2 --lora_rank 4 --lora_alpha -1",
+        "--lora_alpha must not be negative",
+        "--plugin zero2 --lora_rank 4 --lora_alpha 1",
+    ),
+    Rule(
+        "--plugin zero2 --lora_alpha 8",
+        "--lora_alpha needs --lora_rank",
+        "--plugin zero2 --lora_rank 4 --lora_alpha 8",
+    ),
     Rule(
         "--plugin zero2 --lora_rank 4 --lora_dropout 1",
         "--lora_dropout must be at least 0 and below 1",

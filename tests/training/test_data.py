@@ -70,7 +70,7 @@ def test_weights_and_order_are_those_of_the_flags(model: Path, tmp_path: Path) -
 
     weighted = options(*names[:2], "--dataset_weights", "0.75,0.25", "--num_epochs", "2")
     rows = open_rows(weighted)
-    assert describe_mixture(weighted, rows) == [
+    assert describe_mixture(weighted, rows, 640) == [
         f"{names[0]}: 75.0% of the samples, 1.60 epochs of 300 rows",
         f"{names[1]}: 25.0% of the samples, 8.00 epochs of 20 rows",
     ]
@@ -78,7 +78,7 @@ def test_weights_and_order_are_those_of_the_flags(model: Path, tmp_path: Path) -
     assert sum(row >= 300 for row in batch) == 250
     for flags, early in (([], 0), (["--data_order", "shuffled"], 1)):
         plain = options(*names, *flags)
-        assert describe_mixture(plain, rows) == []
+        assert describe_mixture(plain, rows, 640) == []
         batch = build_sampler(plain, open_rows(plain), 320).batch(0)
         assert sorted(batch) == list(range(320))
         assert any(row >= 300 for row in batch[:300]) == early

@@ -109,7 +109,11 @@ def test_figures(validation: Validation) -> None:
     assert found["loss_by_category"]["en"] == pytest.approx(4.5 / tokens[1])
     assert found["bits_per_byte_by_category"]["zh"] == pytest.approx(8 / math.log(2) / size[2])
     line = evaluation.describe({"step": 7, "seconds": 1.0, **found})
-    assert line.startswith(f"step 7: evaluation loss {found['loss']:.4f}, ")
+    losses, bits = found["loss_by_category"], found["bits_per_byte_by_category"]
+    assert line.startswith(f"step 7: evaluation loss {found['loss']:.4f} (")
+    before, after = line.split(" bits per byte ")
+    assert all(f"{name} {value:.4f}" in before for name, value in losses.items())
+    assert all(f"{name} {value:.4f}" in after for name, value in bits.items())
 
 
 def test_categories_without_loss_or_text_are_left_out(validation: Validation) -> None:

@@ -20,6 +20,8 @@ from colossal_llama.training.state import RunningState
 from colossal_llama.training.train import EXIT_STOPPED, train
 from tests.training.stand_ins import STATE
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 
 class Log:
     closed: bool | None = None
