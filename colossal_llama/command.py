@@ -30,6 +30,7 @@ import inspect
 import itertools
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ from colossal_llama.errors import ColossalLlamaError, ProcessError, UsageError
 Options = TypeVar("Options")
 
 _REQUIRED: Any = object()
+_TIME_TO_SPEAK = 3.0  # seconds
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 
@@ -104,6 +106,9 @@ def exit_code(function: Callable[[], int | None]) -> int:
         # Under a launcher every process meets the same mistake; one per machine says so.
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, ProcessError):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            # torchrun ends all processes when the first has failed: not before one has said why.
+            time.sleep(_TIME_TO_SPEAK)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -88,8 +89,14 @@ class Said(NamedTuple):
     stderr: str
 
 
-@functools.cache
 def _parents() -> tuple[Parent, Parent]:
+    """The same two every time; started at the first."""
+    with _starting:
+        return _started()
+
+
+@functools.cache
+def _started() -> tuple[Parent, Parent]:
     parents = Parent(), Parent()
     for parent in parents:
         atexit.register(parent.close)
@@ -98,7 +105,7 @@ def _parents() -> tuple[Parent, Parent]:
     return parents
 
 
-_groups = itertools.count()
+_starting, _groups = threading.Lock(), itertools.count()
 
 
 def run_group(script: str, *arguments: str, processes: int = 2, timeout: float = 900) -> Said:

@@ -84,6 +84,7 @@ def keep(connection: socket.socket) -> dict[str, Any]:
         os._exit(0)
     pid = os.fork()
     if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for own, descriptor in enumerate(descriptors, 1):
             os.dup2(descriptor, own)
             os.close(descriptor)
@@ -123,5 +124,6 @@ def run(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     warm_up()
     found = serve(sys.argv[1])
-    if found is not None:
-        run(found)
+    if found is None:
+        os._exit(0)  # to take apart all that was imported takes a second
+    run(found)

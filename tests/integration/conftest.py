@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,9 +55,10 @@ def _make(command: str) -> None:
 def train_group(jobs: list[list[str]], out: Path, processes: int = 2) -> str:
     """Runs trainings one after the other in one group of processes; returns what they print."""
     out.mkdir(parents=True, exist_ok=True)
-    listing = out / "jobs.json"
-    listing.write_text(json.dumps(jobs), encoding="utf-8")
-    done = run_group("tests/integration/worker.py", str(listing), processes=processes)
+    with tempfile.NamedTemporaryFile("w", dir=out, suffix=".json", encoding="utf-8") as listing:
+        json.dump(jobs, listing)
+        listing.flush()
+        done = run_group("tests/integration/worker.py", listing.name, processes=processes)
     return done.stdout + done.stderr
 
 
@@ -73,17 +76,22 @@ def make_world(root: Path) -> World:
     tokenizer = root / "tokenizer"
     _make(f"colossal_llama/tokenizer/train_tokenizer.py --data_input_dirs {text} "
           f"--target_tokenizer_dir {tokenizer} --vocab_size 600")  # fmt: skip
+    commands = [
+        f"prepare_pretrain_dataset.py --data_input_dirs {text} --tokenizer_dir {tokenizer} "
+        f"--data_arrow_output_dir {root / 'pretrain'} --max_length {MAX_LENGTH} "
+        "--num_spliced_dataset_bins 8",
+        f"prepare_sft_dataset.py --data_input_dirs {chat} --tokenizer_dir {tokenizer} "
+        f"--data_arrow_output_dir {root / 'sft'} --max_length 512 --num_spliced_dataset_bins 2",
+    ]
     for name, changes in {"model": {}, "tied": TIED}.items():
         preset = root / f"{name}.json"
         preset.write_text(json.dumps(_preset() | changes), encoding="utf-8")
-        _make(f"colossal_llama/model/init_model.py --preset {preset} "
-              f"--target_tokenizer_path {tokenizer} --target_model_path {root / name}")  # fmt: skip
-    _make(f"prepare_pretrain_dataset.py --data_input_dirs {text} --tokenizer_dir {tokenizer} "
-          f"--data_arrow_output_dir {root / 'pretrain'} --max_length {MAX_LENGTH} "
-          "--num_spliced_dataset_bins 8")  # fmt: skip
-    _make(f"prepare_sft_dataset.py --data_input_dirs {chat} --tokenizer_dir {tokenizer} "
-          f"--data_arrow_output_dir {root / 'sft'} --max_length 512 "
-          "--num_spliced_dataset_bins 2")  # fmt: skip
+        commands.append(
+            f"colossal_llama/model/init_model.py --preset {preset} "
+            f"--target_tokenizer_path {tokenizer} --target_model_path {root / name}"
+        )
+    with ThreadPoolExecutor() as pool:  # none of them needs another's output
+        list(pool.map(_make, commands))
     return World(root / "model", root / "tied", root / "pretrain", root / "sft", root / "out")
 
 

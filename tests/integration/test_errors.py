@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.integration.conftest import MAX_LENGTH, World, call
+from tests.integration.conftest import BIN, MAX_LENGTH, World, call
 from tests.nursery import run_group
 
 
@@ -149,7 +149,7 @@ SPOILT = {
 EXPECTED = {
     "long-rows": ("part-00000", f"{MAX_LENGTH} tokens", "--max_length"),
     "cut-data": (".arrow", "bytes", "incomplete"),
-    "no-manifest": ("dataset_manifest.json", "no such file"),
+    "no-manifest": ("dataset_manifest.json", "not a prepared dataset"),
     "two-kinds": ("sft dataset", "pretrain dataset"),
     "twice": ("part-00000", "twice"),
     "too-little": ("rows", "1,000,000 of one step", "--micro_batch_size"),
@@ -266,3 +266,21 @@ def test_process_with_data_of_another_tokenizer(mistakes: Mistakes, tmp_path: Pa
         [*flags, "--save_dir", str(save_dir)], str(model), str(mistakes.world.pretrain), "tokenizer"
     )
     assert not save_dir.exists()
+
+
+def test_torchrun_does_not_silence_the_one_that_speaks(tmp_path: Path) -> None:
+    """The first process may be the last to meet a mistake."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from colossal_llama import command\n"
+        "from colossal_llama.errors import DataError\n"
+        "def fail():\n"
+        "    time.sleep(1 if os.environ['RANK'] == '0' else 0)\n"
+        "    raise DataError('what is wrong')\n"
+        "sys.exit(command.exit_code(fail))\n"
+    )
+    launcher = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", "2"]
+    done = call([*launcher, str(script)], check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error: what is wrong\n") == 1

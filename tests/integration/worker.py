@@ -2,12 +2,14 @@
 
     torchrun --nproc_per_node 2 tests/integration/worker.py jobs.json
 
+or, forked from a process that has imported it, by ``tests/nursery.py``.
 ``jobs.json`` is a list of flag lists for ``train.py``. A job that fails stops the group.
 """
 
 import functools
 import gc
 import json
+import os
 import sys
 import traceback
 
@@ -23,6 +25,8 @@ plugins.INITIAL_LOSS_SCALE = 2.0**19
 # Layers are captured and differentiated as with any backend, but no C++ is made: that takes a
 # minute. (With it losses were found to differ by 4e-8.)
 torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+# Nothing of these runs has to outlive a power failure, and each has a hundred small files.
+os.fsync = lambda descriptor: None
 
 
 def main() -> None:
