@@ -53,8 +53,8 @@ def check_save_dir(options: TrainOptions) -> None:
 def held(save_dir: Path) -> Iterator[None]:
     """Keeps other runs out of ``save_dir``, also on other machines, as far as its disk can.
 
-    All processes call it; the first holds the lock. A directory that is made for it and stays
-    empty is removed.
+    All processes call it; the first holds the lock. Directories that are made for it and stay
+    empty are removed.
 
     Raises:
         DataError: on all processes, if another run holds it.
@@ -63,9 +63,9 @@ def held(save_dir: Path) -> Iterator[None]:
 
     from colossal_llama.training.checkpoint import raise_on_all
 
-    problem, descriptor, made = None, None, False
+    problem, descriptor, made = None, None, []
     if dist.get_rank() == 0:
-        made = not save_dir.exists()
+        made = [path for path in (save_dir, *save_dir.parents) if not path.exists()]
         try:
             save_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(save_dir, os.O_RDONLY)
@@ -80,9 +80,9 @@ def held(save_dir: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-        if made:
+        for path in made:
             with suppress(OSError):
-                save_dir.rmdir()
+                path.rmdir()
 
 
 def run_directory(path: Path) -> str | None:

@@ -143,7 +143,7 @@ def test_a_beginning_run_sets_aside_where_it_does_not_come_from(
         checkpointer(tmp_path).run_begins(trainer)
         assert saved_steps(tmp_path) == kept
         assert len(trainer.said) == 3 - len(kept)
-        assert all("of another run" in text for text in trainer.said)
+        assert all("not this run's" in text for text in trainer.said)
     assert len(list(tmp_path.glob("epoch-0_step-5.set-aside-*"))) == 2, "nothing is overwritten"
     pointer = tmp_path / "latest"
     newest = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
@@ -288,7 +288,7 @@ def test_checkpoints_of_another_run_are_out_of_the_way(tmp_path: Path) -> None:
     trainer = run(checkpointer(tmp_path, keep_last=1, resumes_own=False), 6, first=4)
     assert saved_steps(tmp_path) == [6]
     assert len(list(tmp_path.glob("*set-aside*"))) == 3
-    assert sum("of another run" in text for text in trainer.said) == 3
+    assert sum("not this run's" in text for text in trainer.said) == 3
 
 
 def test_a_save_that_failed_does_not_cost_the_next(tmp_path: Path, disk: Disk) -> None:

@@ -61,12 +61,12 @@ def test_flags_are_not_written_over_somebodys_file(flags: list[str], tmp_path: P
 
 def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
     with (
-        held(tmp_path / "run"),
+        held(tmp_path / "runs" / "a"),
         pytest.raises(DataError, match="another run is writing to it"),
-        held(tmp_path / "run"),
+        held(tmp_path / "runs" / "a"),
     ):
         pytest.fail("both write to it")
-    assert not (tmp_path / "run").exists(), "made for nothing"
+    assert not (tmp_path / "runs").exists(), "made for nothing"
     with held(tmp_path / "run"):
         (tmp_path / "run" / "metrics.jsonl").touch()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
