@@ -10,8 +10,6 @@ has not ended by itself after LONGEST seconds counts as hung.
 
 from __future__ import annotations
 
-import gc
-import importlib
 import json
 import os
 import resource
@@ -26,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from colossal_llama import command
 from colossal_llama.runtime.distributed import distributed
@@ -35,16 +32,10 @@ from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.state import checkpoints
 from colossal_llama.training.train import train
 from colossal_llama.training.trainer import StepMetrics, Trainer
+from tests.nursery_worker import warm_up
 
 LONGEST = 120.0  # seconds
 FULL_DISK_BLOCK = "block"  # the file that fills a disk
-
-# What the ranks would otherwise import, each for itself.
-WARM = (
-    *("colossal_llama.training.assembly", "transformers.models.llama.modeling_llama"),
-    *("pyarrow.ipc", "rich.logging", "sentencepiece", "multiprocessing.synchronize"),
-    *("tensorboard.summary.writer.record_writer", "tensorboard.compat.proto.event_pb2"),
-)
 
 Action = Callable[[Trainer], None]
 
@@ -288,11 +279,6 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    for name in WARM:
-        importlib.import_module(name)
-    list(AutoModelForCausalLM._model_mapping.keys())  # imports a file for each kind of model
-    # Collecting garbage of a million imported objects takes as long as a training.
-    gc.collect()
-    gc.freeze()
+    warm_up()
     print("ready", flush=True)
     sys.exit(serve())
