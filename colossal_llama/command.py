@@ -330,21 +330,10 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     """
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Of two settings with one name the last would win in silence."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = set()
-            for key, _ in node.value:
-                if key.value in names and key.tag != "tag:yaml.org,2002:merge":
-                    raise yaml.MarkedYAMLError(
-                        problem=f"{key.value} is there twice", problem_mark=key.start_mark
-                    )
-                names.add(key.value)
-            return super().construct_mapping(node, deep)
-
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UsageError([f"{where}: {error.strerror}"]) from None
     except UnicodeDecodeError:
@@ -354,6 +343,26 @@ def read_mapping(path: Path, where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError([f"{where}: expected a mapping from flag names to values"])
     return content
+
+
+def _refuse_doubles(node: Any) -> None:
+    """Of two settings with one name the last would win in silence."""
+    import yaml
+
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_doubles(item)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    names = set()
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} is there twice", problem_mark=key.start_mark
+                )
+            names.add(key.value)
+        _refuse_doubles(value)
 
 
 def convert_settings(options_type: type, content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -398,6 +398,8 @@ def test_one_process_a_machine_reports_a_mistake(
     ("text", "words"),
     [
         ("size: 1\nsize: 2\n", "size is there twice"),
+        ("paths: [{a: 1, a: 2}]\n", "a is there twice"),
+        ("? [a, b]\n: 1\n", "not YAML: .* unhashable key"),
         ("letters: no\n", "letters: YAML takes this word for true or false: put it in quotes"),
     ],
 )

@@ -19,7 +19,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 # CUDA has a type of exception for it.
-_FULL = re.compile(r"DefaultCPUAllocator|(can't|cannot|not enough) .*memory", re.IGNORECASE)
+_FULL = re.compile(r"DefaultCPUAllocator|(can't|cannot) allocate memory", re.IGNORECASE)
 
 
 @contextmanager

@@ -188,10 +188,10 @@ def _what_is_trained(options: TrainOptions) -> Iterator[str]:
 
 
 def _paths(options: TrainOptions) -> Iterator[str]:
-    if not (options.pretrained / "config.json").is_file():
-        yield f"--pretrained {options.pretrained}: not a model directory (no config.json)"
     if hint := run_directory(options.pretrained):
         yield f"--pretrained: {hint}"
+    elif not (options.pretrained / "config.json").is_file():
+        yield f"--pretrained {options.pretrained}: not a model directory (no config.json)"
     for name in ("dataset", "eval_dataset"):
         for path in getattr(options, name) or []:
             if not path.is_dir():

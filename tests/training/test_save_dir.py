@@ -76,7 +76,7 @@ def test_lock_ends_with_the_run(tmp_path: Path) -> None:
     with held(tmp_path):
         pass
     descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error if it is still held
     os.close(descriptor)
 
 
