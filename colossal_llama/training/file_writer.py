@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -67,13 +68,11 @@ class FileWriter:
         """Writes ``tensors`` to ``path``; the file is on the disk after ``finish``."""
         if self.error is not None:
             return
-        try:
+        with self._error_kept(path):
             if self.late:
                 self._waiting.append((self.copies.take(tensors, path), path))
             else:
                 self._write({name: t.detach().cpu() for name, t in tensors.items()}, path)
-        except Exception as error:  # such as a host memory that is full
-            self.error, self.failed = error, path
 
     def start(self) -> None:
         """Begins to write what was taken late."""
@@ -92,13 +91,19 @@ class FileWriter:
 
     def _write_all(self) -> None:
         while self._waiting and self.error is None:
-            self._write(*self._waiting.pop(0))
+            tensors, path = self._waiting.pop(0)
+            with self._error_kept(path):
+                self._write(tensors, path)
         self._waiting.clear()
 
     def _write(self, tensors: dict[str, torch.Tensor], path: Path) -> None:
+        sum_ = save_file(tensors, path)
+        storage.fsync_file(path)
+        self.checksums[path] = sum_
+
+    @contextmanager
+    def _error_kept(self, path: Path) -> Iterator[None]:
         try:
-            sum_ = save_file(tensors, path)
-            storage.fsync_file(path)
-            self.checksums[path] = sum_
+            yield
         except Exception as error:  # any: without this file the checkpoint is incomplete
             self.error, self.failed = error, path
