@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import gc
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 from colossal_llama.errors import UsageError
@@ -23,8 +22,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@contextmanager
-def distributed(seed: int) -> Iterator[None]:
+def distributed(seed: int) -> AbstractContextManager[None]:
     """Makes ColossalAI ready for this device and joins the processes of this job.
 
     Reads the variables that ``torchrun`` and ``colossalai run`` set; without them the job has
@@ -36,30 +34,66 @@ def distributed(seed: int) -> Iterator[None]:
         LostPeerError: another process of the job is gone.
         ProcessError: the memory of this process's device, or of the machine, is not enough.
     """
-    import torch.distributed
+    return _Job(seed)
 
-    if torch.distributed.is_initialized():
-        yield
-        return
-    _check_environment()
-    _quieten()
-    _prepare()
-    import colossalai
-    from colossalai.logging import get_dist_logger
 
-    from colossal_llama.runtime.failures import told_plainly
+class _Job:
+    """The time from joining the processes to leaving them.
 
-    # Where it puts which shard, at every checkpoint; its warnings stay.
-    get_dist_logger().set_level("WARNING")
-    colossalai.launch_from_torch(seed=seed, verbose=False)
-    try:
-        with told_plainly():
-            yield
-    finally:
+    No generator: while one handles an error, ``contextlib`` holds the error's traceback.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._joined = False
+
+    def __enter__(self) -> None:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            return
+        _check_environment()
+        _quieten()
+        _prepare()
+        import colossalai
+        from colossalai.logging import get_dist_logger
+
+        # Where it puts which shard, at every checkpoint; its warnings stay.
+        get_dist_logger().set_level("WARNING")
+        colossalai.launch_from_torch(seed=self._seed, verbose=False)
+        self._joined = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        if not self._joined:
+            return
+        import torch.distributed
+
+        from colossal_llama.runtime import memory
+        from colossal_llama.runtime.failures import plainly
+
+        plain = None if error is None else plainly(error)
+        if plain is not None or isinstance(error, KeyboardInterrupt):
+            # Nobody will read where it came from, and the functions there hold process groups.
+            del where
+            _forget_traceback(error)
         # Plugins destroy their process groups when they are collected; that has to happen
         # while there is still a group to destroy, or the interpreter's exit prints tracebacks.
-        gc.collect()
+        # And the threads of a group that is still there can abort the process at its exit.
+        memory.let_go()
         torch.distributed.destroy_process_group()
+        if plain is not None and plain is not error:
+            raise plain from None
+
+
+def _forget_traceback(error: BaseException | None) -> None:
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def patient_group() -> Any:

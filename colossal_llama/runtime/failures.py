@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-from colossal_llama.errors import LostPeerError, ProcessError
+from colossal_llama.errors import ColossalLlamaError, LostPeerError, ProcessError
 
 # What gloo, NCCL and the store say when the process at the other end is gone.
 _LOST = re.compile(
@@ -22,30 +20,29 @@ _LOST = re.compile(
 _FULL = re.compile(r"DefaultCPUAllocator|(can't|cannot) allocate memory", re.IGNORECASE)
 
 
-@contextmanager
-def told_plainly() -> Iterator[None]:
-    """Turns a lost connection and a full memory into an error of one line.
+def plainly(error: BaseException) -> ColossalLlamaError | None:
+    """The error that says in one line what ``error`` says in a page; ours say it themselves.
 
-    Raises:
-        LostPeerError: another process of the job is gone.
-        ProcessError: the memory of this process's device, or of the machine, is not enough.
+    Returns LostPeerError where another process of the job is gone, ProcessError where the memory
+    of this process's device, or of the machine, is not enough; None for what has to keep its page.
     """
-    try:
-        yield
-    except MemoryError:
-        raise ProcessError(_full("the machine")) from None
-    except RuntimeError as error:
-        text = str(error).strip()
-        if isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(text):
-            raise ProcessError(_full(text.split("\n")[0])) from None
-        if _LOST.search(text):
-            # Without the library's source file, and its advice.
-            what = re.sub(r"^\[\S+\] ", "", text).split(". ")[0].split("\n")[0]
-            raise LostPeerError(
-                f"{_who()} lost the connection to another process, which is gone: its last lines, "
-                f"or the launcher's table, say why ({what})"
-            ) from None
-        raise
+    if isinstance(error, ColossalLlamaError):
+        return error
+    if isinstance(error, MemoryError):
+        return ProcessError(_full("the machine"))
+    if not isinstance(error, RuntimeError):
+        return None
+    text = str(error).strip()
+    if isinstance(error, torch.cuda.OutOfMemoryError) or _FULL.search(text):
+        return ProcessError(_full(text.split("\n")[0]))
+    if _LOST.search(text):
+        # Without the library's source file, and its advice.
+        what = re.sub(r"^\[\S+\] ", "", text).split(". ")[0].split("\n")[0]
+        return LostPeerError(
+            f"{_who()} lost the connection to another process, which is gone: its last lines, "
+            f"or the launcher's table, say why ({what})"
+        )
+    return None
 
 
 def _full(what: str) -> str:

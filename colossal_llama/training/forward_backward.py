@@ -61,8 +61,9 @@ class Passes:
 
     def _watch(self, module: Any, args: Any, embedded: torch.Tensor) -> None:
         if embedded.requires_grad:
+            finite = self._finite  # a hook that held the model could keep it alive
             # Kept on the device: reading it would wait.
-            embedded.register_hook(lambda g: self._finite.append(torch.isfinite(g).all()))
+            embedded.register_hook(lambda g: finite.append(torch.isfinite(g).all()))
 
     def _holds_embeddings(self) -> bool:
         return bool(self.booster.plugin.stage_manager.is_first_stage())

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from collections.abc import Sequence
 
 from colossal_llama import command
+from colossal_llama.runtime import memory
 from colossal_llama.runtime.distributed import distributed
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.recipe import recipe_path
@@ -56,5 +56,5 @@ def train(options: TrainOptions, started: float | None = None) -> int:
             trainer.log.close(failed=failed)
             # The plugin's process groups go with it, before the one they are made from.
             del trainer
-            gc.collect()
+            memory.let_go()
     return EXIT_STOPPED if stopped else 0

@@ -32,6 +32,8 @@ class Outcome:
 
     def __post_init__(self) -> None:
         assert not self.hung, f"ranks hang: {self.hung}\n{self}"
+        # Now and then the threads of a process group abort a process at its exit.
+        assert not self.lines("left behind: "), f"{self}"
 
     def __str__(self) -> str:
         return "".join(f"--- rank {r}:\n{text[-4000:]}\n" for r, text in enumerate(self.said))
