@@ -50,6 +50,7 @@ def conflicts(options: TrainOptions, processes: int) -> list[str]:
         *_layout(options, processes),
         *_what_a_plugin_cannot(options, processes),
         *_what_is_trained(options),
+        *_without_effect(options),
     ]
 
 
@@ -177,14 +178,29 @@ def _what_is_trained(options: TrainOptions) -> Iterator[str]:
         yield "--freeze_non_embeds_params freezes the layers that --lora_rank adapts: leave one out"
     if lora and options.lora_alpha == 0:
         yield "--lora_alpha must be above 0: it is the scale of what --lora_rank adds"
-    if not lora:
-        for name in ("lora_train_embeddings", "lora_modules", "lora_dropout", "lora_alpha"):
-            if getattr(options, name) != getattr(type(options), name, None):
-                yield f"--{name} needs --lora_rank"
     if options.train_new_rows_only and lora and not options.lora_train_embeddings:
         yield "--train_new_rows_only with --lora_rank needs --lora_train_embeddings"
-    if options.num_old_rows is not None and not options.train_new_rows_only:
-        yield "--num_old_rows needs --train_new_rows_only"
+
+
+def _without_effect(options: TrainOptions) -> Iterator[str]:
+    """Flags that say more of what another one, which is absent, would begin."""
+    lora, schedule = options.lora_rank > 0, options.lr_schedule
+    needs = {
+        "lora_train_embeddings": ("--lora_rank", lora),
+        "lora_modules": ("--lora_rank", lora),
+        "lora_dropout": ("--lora_rank", lora),
+        "lora_alpha": ("--lora_rank", lora),
+        "num_old_rows": ("--train_new_rows_only", options.train_new_rows_only),
+        "neftune_noise_alpha": ("--use_neft", options.use_neft),
+        "eval_interval": ("--eval_dataset", bool(options.eval_dataset)),
+        "min_lr_ratio": ("an --lr_schedule that falls", schedule != "constant"),
+        "decay_ratio": ("--lr_schedule wsd or infinite", schedule in ("wsd", "infinite")),
+        "cooldown_ratio": ("--lr_schedule infinite", schedule == "infinite"),
+        "constant_lr_ratio": ("--lr_schedule infinite", schedule == "infinite"),
+    }
+    for name, (what, is_there) in needs.items():
+        if not is_there and getattr(options, name) != getattr(type(options), name):
+            yield f"--{name} needs {what}"
 
 
 def _paths(options: TrainOptions) -> Iterator[str]:

@@ -43,15 +43,25 @@ RULES = [
     *(
         Rule(f"--{name} 0", f"--{name} must be at least 1", f"--{name} 1")
         for name in (
-            *("num_epochs", "micro_batch_size", "max_length", "tp", "sp", "eval_interval"),
+            *("num_epochs", "micro_batch_size", "max_length", "tp", "sp"),
             *("accumulation_steps", "max_steps"),
         )
+    ),
+    Rule(
+        "--eval_dataset . --eval_interval 0",
+        "--eval_interval must be at least 1",
+        "--eval_dataset . --eval_interval 1",
+    ),
+    Rule(
+        "--use_neft --neftune_noise_alpha -1",
+        "--neftune_noise_alpha must not be negative",
+        "--use_neft --neftune_noise_alpha 0",
     ),
     Rule("--pp 0", "--pp must be at least 1", "--pp 1"),
     *(
         Rule(f"--{name} -1", f"--{name} must not be negative", f"--{name} 0")
         for name in (
-            *("save_interval", "keep_last", "weight_decay", "grad_clip", "neftune_noise_alpha"),
+            *("save_interval", "keep_last", "weight_decay", "grad_clip"),
             *("max_bad_steps", "loss_spike_sigma", "lora_rank", "lr"),
             "warmup_steps",
         )
@@ -189,10 +199,21 @@ RULES = [
         "--train_new_rows_only --num_old_rows 40 --lora_rank 8 --plugin zero2 "
         "--lora_train_embeddings",
     ),
+    *(
+        Rule(flag, f"{flag.split()[0]} needs {what}", f"{flag} {there}")
+        for flag, what, there in (
+            ("--num_old_rows 40", "--train_new_rows_only", "--train_new_rows_only"),
+            ("--neftune_noise_alpha 10", "--use_neft", "--use_neft"),
+            ("--eval_interval 100", "--eval_dataset", "--eval_dataset ."),
+            ("--decay_ratio 0.2", "--lr_schedule wsd or infinite", "--lr_schedule wsd"),
+            ("--cooldown_ratio 0.2", "--lr_schedule infinite", "--lr_schedule infinite"),
+            ("--constant_lr_ratio 0.2", "--lr_schedule infinite", "--lr_schedule infinite"),
+        )
+    ),
     Rule(
-        "--num_old_rows 40",
-        "--num_old_rows needs --train_new_rows_only",
-        "--num_old_rows 40 --train_new_rows_only",
+        "--lr_schedule constant --min_lr_ratio 0",
+        "--min_lr_ratio needs an --lr_schedule that falls",
+        "--lr_schedule linear --min_lr_ratio 0",
     ),
     Rule(
         "--num_old_rows 0 --train_new_rows_only",
