@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     module_name, options_name, function_name, _ = COMMANDS[name]
     module = importlib.import_module(f"colossal_llama.{module_name}")
     prog = f"colossal-llama {name}"
-    # train has one: a recipe is more than one set of options.
+    # train and estimate have one: a recipe is more than one set of options.
     if hasattr(module, "main"):
         return module.main(arguments[words:], prog)
     options_type, function = getattr(module, options_name), getattr(module, function_name)

@@ -33,7 +33,7 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -184,6 +184,18 @@ def missing(options_type: type, values: dict[str, Any]) -> list[str]:
     ]
 
 
+def as_optional(options_type: type, names: Collection[str]) -> list[tuple[str, Any, Any]]:
+    """Those of the required flags that are among ``names``, as flags that may be left out.
+
+    For ``dataclasses.make_dataclass``, with ``options_type`` as the base.
+    """
+    return [
+        (field.name, _types(options_type)[field.name], option(None, help=field.metadata["help"]))
+        for field in _fields(options_type)
+        if field.default is _REQUIRED and field.name in names
+    ]
+
+
 def as_dict(options: Any) -> dict[str, Any]:
     """The options as plain values: written as YAML, they are a ``--config`` that reruns them."""
 
@@ -220,7 +232,7 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--config", help="YAML file of flags; flags given here override it")
     sections: dict[str, str] = getattr(options_type, "SECTIONS", {})
     if sections:  # too many to be listed twice
-        parser.usage = f"{parser.prog} {_required(options_type)} [--flags]"
+        parser.usage = " ".join([parser.prog, *_required(options_type), "[--flags]"])
     section: argparse._ActionsContainer = parser
     for field in _fields(options_type):
         if field.name in sections:
@@ -247,10 +259,10 @@ def _parser(options_type: type, prog: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def _required(options_type: type) -> str:
+def _required(options_type: type) -> list[str]:
     """The flags that have to be given, as a usage line shows them."""
     required = [field for field in _fields(options_type) if field.default is _REQUIRED]
-    return " ".join(f"{_spelling(field)} {field.name.upper()}" for field in required)
+    return [f"{_spelling(field)} {field.name.upper()}" for field in required]
 
 
 def _with_bare_booleans(options_type: type, argv: Sequence[str]) -> list[str]:

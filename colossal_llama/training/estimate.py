@@ -1,22 +1,26 @@
 """The ``estimate`` command: what a run will need, before anyone pays for running out of it.
 
     colossal-llama estimate --config configs/stages/knowledge.yaml --world_size 8
+    colossal-llama estimate --config configs/recipes/chinese_llama2.yaml --world_size 8
     colossal-llama estimate --pretrained llama2-7b --plugin zero2 --world_size 8 \\
         --mixed_precision bf16 --micro_batch_size 2 --device_memory_gib 80
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colossal_llama import storage
+from colossal_llama import command, storage
 from colossal_llama.command import option
 from colossal_llama.errors import UsageError
 from colossal_llama.model.configuration import preset_names, preset_path, read_fields
 from colossal_llama.training import checks
 from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.recipe import read_recipe, recipe_path, stage_problems
 
 DEVICES = ("cuda", "cpu")
 
@@ -25,8 +29,8 @@ DEVICES = ("cuda", "cpu")
 class EstimateOptions(TrainOptions):
     """Predict the memory of a run and the size of its checkpoints.
 
-    Takes the flags, and the --config, of train. Neither weights nor data nor a GPU are
-    needed: the configuration of the model is enough.
+    Takes the flags, and the --config, of train; of a recipe each stage is estimated. Neither
+    weights nor data nor a GPU are needed: the configuration of the model is enough.
     """
 
     pretrained: Path = option(
@@ -66,6 +70,15 @@ class EstimateOptions(TrainOptions):
         return found or checks.conflicts(self, self.processes)
 
 
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """The command: for one run, or for every stage of a recipe; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    path = recipe_path(arguments)
+    if path is None:
+        return command.run(EstimateOptions, estimate, arguments, prog)
+    return command.exit_code(lambda: estimate_recipe(path, arguments, prog))
+
+
 def estimate(options: EstimateOptions) -> None:
     """Prints what the run needs, and writes ``--output``.
 
@@ -73,6 +86,37 @@ def estimate(options: EstimateOptions) -> None:
         UsageError: there is no such model, or it cannot be divided so.
         DataError: no model can be built from the configuration.
     """
+    text, numbers = _estimate(options)
+    print(text)
+    if options.output is not None:
+        storage.write_json(options.output, numbers)
+
+
+def estimate_recipe(path: Path, argv: Sequence[str], prog: str | None = None) -> None:
+    """Prints what each stage of a recipe needs, and writes ``--output``.
+
+    Raises:
+        UsageError: the problems of all stages; or as ``estimate``.
+        DataError: no model can be built from the configuration.
+    """
+    recipe = read_recipe(path, argv, prog, EstimateOptions)
+    if problems := stage_problems(recipe.stages):
+        raise UsageError(problems)
+    numbers, output = {}, None
+    for stage in recipe.stages:
+        assert isinstance(stage.options, EstimateOptions)
+        output = stage.options.output
+        text, numbers[stage.name] = _estimate(stage.options)
+        print(f"{stage.name}\n{'-' * len(stage.name)}\n{text}\n")
+    peaks = {name: found["peak_per_device"] for name, found in numbers.items()}
+    worst = max(peaks, key=lambda name: peaks[name])
+    print(f"The most on a device: {peaks[worst] / 2**30:,.2f} GiB, in {worst}.")
+    if output is not None:
+        storage.write_json(output, numbers)
+
+
+def _estimate(options: EstimateOptions) -> tuple[str, dict[str, Any]]:
+    """What is printed, and all numbers in bytes."""
     path = configuration_path(options)
     fields = read_fields(path)
     if options.vocab_size is not None:
@@ -86,14 +130,12 @@ def estimate(options: EstimateOptions) -> None:
     if problems:
         raise UsageError(problems)
     found = make_estimate(options, fields, options.processes, cuda=options.device == "cuda")
-    print(report.as_text(options, fields, found))
-    advice = []
+    text, advice = report.as_text(options, fields, found), []
     if options.device_memory_gib is not None:
         if not report.fits(found.peak, options.device_memory_gib):
             advice = suggest(options, fields, found)
-        print(report.verdict(options.device_memory_gib, found, advice))
-    if options.output is not None:
-        storage.write_json(options.output, report.as_json(options, fields, found, advice))
+        text += "\n" + report.verdict(options.device_memory_gib, found, advice)
+    return text, report.as_json(options, fields, found, advice)
 
 
 def configuration_path(options: EstimateOptions) -> Path:

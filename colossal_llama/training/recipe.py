@@ -86,16 +86,29 @@ def recipe_path(argv: Sequence[str]) -> Path | None:
     return Path(config) if "stages" in content else None
 
 
-def read_recipe(path: Path, argv: Sequence[str], prog: str | None = None) -> Recipe:
+def read_recipe(
+    path: Path,
+    argv: Sequence[str],
+    prog: str | None = None,
+    options_type: type[TrainOptions] = TrainOptions,
+) -> Recipe:
     """The recipe in ``path``, with the flags of ``argv`` over it. Paths are not looked at.
+
+    Args:
+        options_type: what the stages' options are: those of training, or of a command that has
+            flags beside them.
 
     Raises:
         UsageError: naming every problem of the file and its stages' files at once.
     """
     content = command.read_mapping(path, f"--config {path}")
     variables, entries = _variables(content, path), _entries(content, path)
-    flags_type = _flags_type(path, variables)
-    given = command.given_flags(flags_type, argv, prog)
+    trains = options_type is TrainOptions
+    if not trains:
+        # Other commands look at no data, which is what variables name: its own name will do.
+        variables = {name: value or name for name, value in variables.items()}
+    set_here = {*content, *set.intersection(*map(set, entries))}
+    given = command.given_flags(_flags_type(path, variables, options_type, set_here), argv, prog)
     lacking = [
         f"--{name} is required (a variable of {path})"
         for name, value in variables.items()
@@ -107,7 +120,7 @@ def read_recipe(path: Path, argv: Sequence[str], prog: str | None = None) -> Rec
     keep_finished = given.pop("keep_finished", False)
     del given["config"]
 
-    problems: list[str] = _refused(given, _REFUSED, "--")
+    problems: list[str] = _refused(given, _REFUSED, "--") if trains else []
     common: dict[str, Any] = {}
     with _collecting(problems):
         common = _settings(content, variables, str(path), _REFUSED)
@@ -116,17 +129,31 @@ def read_recipe(path: Path, argv: Sequence[str], prog: str | None = None) -> Rec
         with _collecting(problems):
             own = _stage_settings(entry, variables, path)
             values[entry["name"]] = {**common, **own, **given}
-    # Only what could be read can be said to be missing.
-    for name in values if not problems else ():
-        lacking = command.missing(TrainOptions, values[name])
-        problems += [f"stage {name}: {problem}" for problem in lacking]
+    if not problems:  # only what could be read can be said to be missing
+        problems = _by_stage({name: command.missing(options_type, v) for name, v in values.items()})
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))  # two stages may share a file
     stages = [
-        Stage(f"{number:02d}-{name}", _options(settings, f"{number:02d}-{name}"))
+        Stage(f"{number:02d}-{name}", _options(options_type, settings, f"{number:02d}-{name}"))
         for number, (name, settings) in enumerate(values.items(), 1)
     ]
     return Recipe(path, stages, keep_finished)
+
+
+def stage_problems(stages: Sequence[Stage]) -> list[str]:
+    """The problems of all stages' settings; one that all of them have is said once."""
+    return _by_stage({stage.name: stage.options.problems() for stage in stages})
+
+
+def _by_stage(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    names: dict[str, list[str]] = {}
+    for name, found in problems.items():
+        for problem in found:
+            names.setdefault(problem, []).append(name)
+    return [
+        problem if len(those) == len(problems) > 1 else f"{', '.join(those)}: {problem}"
+        for problem, those in names.items()
+    ]
 
 
 def _variables(content: dict[str, Any], path: Path) -> dict[str, str | None]:
@@ -177,20 +204,32 @@ def _entries(content: dict[str, Any], path: Path) -> list[dict[str, Any]]:
     return [{**entry, "name": str(entry["name"])} for entry in entries]
 
 
-def _flags_type(path: Path, variables: Mapping[str, str | None]) -> type:
-    """The flags of this recipe: those of any training, its variables, and one for recipes."""
+def _flags_type(
+    path: Path,
+    variables: Mapping[str, str | None],
+    options_type: type[TrainOptions],
+    set_here: set[str],
+) -> type:
+    """The flags of this recipe: the command's, the recipe's variables, and one for recipes.
+
+    A variable without a value is a flag that has to be given, a setting that every stage has here
+    is none.
+    """
     keep_finished = command.option(
         False, help="go on from finished stages although the recipe has other settings for them now"
     )
-    fields = [
-        (name, str, command.option(value, help=f"variable of the recipe: ${name} in {path.name}"))
-        for name, value in variables.items()
-    ]
-    about = f"Runs the stages of {path}. Flags are settings of every stage."
+    fields: list[tuple[str, Any, Any]] = []
+    for name, value in variables.items():
+        about = f"variable of the recipe: ${name} in {path.name}"
+        flag = command.option(help=about) if value is None else command.option(value, help=about)
+        fields.append((name, str, flag))
+    fields += command.as_optional(options_type, set_here)
+    about = "Runs the stages of" if options_type is TrainOptions else "For each stage of"
+    about = f"{about} {path}. Flags are settings of every stage."
     return dataclasses.make_dataclass(
         "RecipeOptions",
         [*fields, ("keep_finished", bool, keep_finished)],
-        bases=(TrainOptions,),
+        bases=(options_type,),
         namespace={"__doc__": about},
     )
 
@@ -255,10 +294,12 @@ def _filled(value: Any, variables: Mapping[str, str | None], where: str) -> Any:
     return template.substitute(variables)
 
 
-def _options(values: dict[str, Any], directory: str) -> TrainOptions:
+def _options(
+    options_type: type[TrainOptions], values: dict[str, Any], directory: str
+) -> TrainOptions:
     """A stage's options, saved in a directory of its own."""
     # Which checkpoint is loaded is decided when the stage begins.
-    options = TrainOptions(**{**values, "load_checkpoint": None})
+    options = options_type(**{**values, "load_checkpoint": None})
     events = options.tensorboard_dir
     return dataclasses.replace(
         options,

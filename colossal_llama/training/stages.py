@@ -15,7 +15,7 @@ from colossal_llama.dataset.loader import VERIFY_OFF, VERIFY_SIZE, open_parts
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.runtime.distributed import distributed
 from colossal_llama.training.arguments import TrainOptions
-from colossal_llama.training.recipe import Recipe, Stage, read_recipe
+from colossal_llama.training.recipe import Recipe, Stage, read_recipe, stage_problems
 from colossal_llama.training.state import newest_checkpoint, read_running_state
 
 # Settings that change how a stage is computed, written or watched, not what it learns.
@@ -49,7 +49,7 @@ def run_recipe(
     recipe = read_recipe(path, argv, prog)
     finished = [stage for stage in recipe.stages if is_finished(stage)]
     left = [stage for stage in recipe.stages if stage not in finished]
-    problems = _order_problems(recipe, finished) + _stage_problems(left)
+    problems = _order_problems(recipe, finished) + stage_problems(left)
     if not recipe.keep_finished:
         problems += _finished_problems(recipe, finished)
     if problems := problems or _data_problems(left):
@@ -163,18 +163,6 @@ def _changes(stage: Stage) -> list[str]:
 
 def _text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _stage_problems(stages: list[Stage]) -> list[str]:
-    """The problems of all stages' settings; one that all of them have is said once."""
-    by_problem: dict[str, list[str]] = {}
-    for stage in stages:
-        for problem in stage.options.problems():
-            by_problem.setdefault(problem, []).append(stage.name)
-    return [
-        problem if len(names) == len(stages) > 1 else f"{', '.join(names)}: {problem}"
-        for problem, names in by_problem.items()
-    ]
 
 
 def _data_problems(stages: list[Stage]) -> list[str]:

@@ -209,3 +209,55 @@ def test_says_what_to_change_first(capsys: pytest.CaptureFixture[str]) -> None:
     peaks = [change.peak for change in changes]
     assert peaks[0] > peaks[1] > peaks[2]
     assert peaks[-1] + GIB <= 4 * GIB
+
+
+RECIPE = """
+variables: {chinese: null}
+plugin: zero2
+mixed_precision: bf16
+stages:
+  - {name: embeddings, dataset: [$chinese/part-00000], freeze_non_embeds_params: true}
+  - {name: knowledge, dataset: [$chinese]}
+"""
+
+
+def test_each_stage_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As if each was asked for alone; its data, which are not looked at, need no path."""
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "estimate.json"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    flags = "--pretrained tiny --world_size 4 --device_memory_gib 8"
+    code, out, _ = run(f"--config {recipe} {flags} --output {output}", capsys)
+    assert code == 0
+    found = json.loads(output.read_text())
+    assert list(found) == ["01-embeddings", "02-knowledge"]
+    alone = tmp_path / "alone.json"
+    settings = "--plugin zero2 --mixed_precision bf16"
+    for name, own in (("01-embeddings", "--freeze_non_embeds_params"), ("02-knowledge", "")):
+        _, text, _ = run(f"{flags} {settings} {own} --output {alone} --overwrite", capsys)
+        assert found[name] == json.loads(alone.read_text())
+        assert f"{name}\n{'-' * len(name)}\n{text}" in out
+    peaks = [stage["peak_per_device"] for stage in found.values()]
+    assert peaks[0] < peaks[1]
+    assert out.endswith(f"The most on a device: {peaks[1] / GIB:,.2f} GiB, in 02-knowledge.\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "mistake"),
+    [
+        ("", "error: --pretrained is required"),
+        ("--pretrained tiny --tp 2", "error: --tp needs --plugin 3d, not zero2"),
+        ("--pretrained tiny --eval_interval 5 --output {}", "--eval_interval needs --eval_dataset"),
+        ("--pretrained nowhere --output {}", "nowhere: neither a model directory"),
+    ],
+)
+def test_mistakes_in_recipes_are_one_line(
+    flags: str, mistake: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, output = tmp_path / "recipe.yaml", tmp_path / "estimate.json"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    code, out, err = run(f"--config {recipe} {flags.format(output)}", capsys)
+    assert code == 2
+    assert mistake in err
+    assert err.count("\n") == 1
+    assert not out
+    assert not output.exists()
