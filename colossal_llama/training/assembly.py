@@ -32,6 +32,7 @@ from colossal_llama.training.loading import (
     warn_of_slow_precision,
 )
 from colossal_llama.training.lora import add_adapter
+from colossal_llama.training.optimizer_shares import named_shares
 from colossal_llama.training.reporting import RunLog
 from colossal_llama.training.resuming import (
     checkpoint_to_load,
@@ -81,6 +82,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         save_dir=options.save_dir,
         export=Exporter(boosted.booster, boosted.model, tokenizer, adapter),
         optimizer=boosted.optimizer,
+        shares=named_shares(boosted.model, boosted.optimizer),
         schedule=schedule,
         layout=layout,
         group=patient_group(),

@@ -4,6 +4,7 @@
     modeling/               a Hugging Face model directory, tokenizer included
     adapter/                the LoRA adapter, if there is one, as PEFT keeps it
     optimizer/rank-00000.safetensors ...   master weights, moments, loss scale
+    optimizer/rank-00000.json ...          of which weight each of them has which part
     rng/rank-00000.safetensors ...         random states
     lr_scheduler            the schedule (JSON)
     running_states.json     position in the data, layout, fingerprints
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,13 @@ from safetensors import SafetensorError
 from colossal_llama import storage
 from colossal_llama.errors import DataError, agreed
 from colossal_llama.training.file_writer import FileWriter, checksum
+from colossal_llama.training.optimizer_shares import (
+    Pieces,
+    Share,
+    carry_over,
+    read_pieces,
+    write_shares,
+)
 from colossal_llama.training.optimizer_state import load_optimizer_state, optimizer_tensors
 from colossal_llama.training.plugins import Layout
 from colossal_llama.training.random_states import load_random_states, random_state_tensors
@@ -57,12 +65,14 @@ class CheckpointFiles:
 
     Args:
         export: writes what plain transformers and PEFT load, into a directory.
+        shares: what the optimizer's tensors are parts of.
         group: in which processes wait for each other's files; None for the default one.
     """
 
     save_dir: Path
     export: Callable[[Path, FileWriter], None]
     optimizer: Any
+    shares: Sequence[Share]
     schedule: Any
     layout: Layout
     group: Any = None
@@ -77,9 +87,10 @@ class CheckpointFiles:
         raise_on_all(_problem_of(lambda: _make_directories(temporary)) if rank == 0 else None)
         problem = _problem_of(lambda: self.export(temporary, writer))
         if self.layout.optimizer_owner == rank:
-            writer.write(
-                optimizer_tensors(self.optimizer), _rank_file(temporary / "optimizer", rank)
-            )
+            path = _rank_file(temporary / "optimizer", rank)
+            writer.write(optimizer_tensors(self.optimizer), path)
+            listing = _problem_of(lambda: write_shares(self.shares, path.with_suffix(".json")))
+            problem = problem or listing
         writer.write(random_state_tensors(), _rank_file(temporary / "rng", rank))
         if rank == 0 and problem is None:
             problem = _problem_of(lambda: self._write_small_files(temporary, state))
@@ -200,12 +211,45 @@ def restore(checkpoint: Path, optimizer: Any, layout: Layout) -> None:
     Raises:
         DataError: on all processes: a file is missing, or belongs to another layout or model.
     """
+
+    def load() -> None:
+        path = _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
+        load_optimizer_state(optimizer, path)
+        load_random_states(_rank_file(checkpoint / "rng", dist.get_rank()))
+
+    _on_all(load, checkpoint)
+
+
+def restore_from_shares(checkpoint: Path, optimizer: Any, shares: Sequence[Share]) -> bool:
+    """Restores this process's optimizer state, but no random states, from files of another layout.
+
+    Returns:
+        whether that was possible: False, on all processes, where one of them needs a weight that
+        the files know under another name.
+
+    Raises:
+        DataError: on all processes: a file is missing or damaged.
+    """
+    pieces: Pieces = {}
+
+    def read() -> None:
+        nonlocal pieces
+        pieces = read_pieces(checkpoint / "optimizer")
+
+    _on_all(read, checkpoint)
+    here = all(share.weight in pieces for share in shares)
+    everywhere = [True] * dist.get_world_size()
+    dist.all_gather_object(everywhere, here)
+    if not all(everywhere):
+        return False
+    _on_all(lambda: carry_over(pieces, shares, optimizer), checkpoint)
+    return True
+
+
+def _on_all(load: Callable[[], None], checkpoint: Path) -> None:
     mistake = None
     try:
-        load_optimizer_state(
-            optimizer, _rank_file(checkpoint / "optimizer", layout.optimizer_owner)
-        )
-        load_random_states(_rank_file(checkpoint / "rng", dist.get_rank()))
+        load()
     except DataError as error:
         mistake = str(error)
     except (OSError, SafetensorError) as error:

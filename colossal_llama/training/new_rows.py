@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colossal_llama.training.optimizer_shares import share_of
 from colossal_llama.training.parameters import embedding_weights
 
 
@@ -57,7 +58,7 @@ class NewRows:
     def decay_in(self, optimizer: Any) -> None:
         """Decays the new rows before each step of a boosted optimizer."""
         for weight, first in self._first:
-            share = _share_of(optimizer, weight) if weight.requires_grad else None
+            share = share_of(optimizer, weight) if weight.requires_grad else None
             if share is not None:
                 master, begin = share
                 self._shares.append((master, max(first - begin, 0)))
@@ -75,18 +76,3 @@ def _without_first_rows(rows: int, gradient: torch.Tensor) -> torch.Tensor:
     gradient = gradient.clone()
     gradient[:rows] = 0
     return gradient
-
-
-def _share_of(optimizer: Any, weight: torch.nn.Parameter) -> tuple[torch.Tensor, int] | None:
-    """This process's fp32 share of ``weight``, and the index in ``weight`` where it begins."""
-    if hasattr(optimizer, "id_to_fake_params"):  # Gemini; its tensors are filled before a step
-        for number, fake in optimizer.id_to_fake_params.items():
-            if optimizer.id_to_real_params[number] is weight:
-                return fake, optimizer.get_offsets(number)[1]
-        return None
-    if hasattr(optimizer, "working_to_master_param"):  # ZeRO
-        master = optimizer.working_to_master_param[id(weight)]
-        return master, optimizer.pid_to_bucket_store[id(weight)].local_rank * master.numel()
-    if hasattr(optimizer, "working_to_master_map"):  # half precision without ZeRO
-        return optimizer.working_to_master_map[weight], 0
-    return weight, 0

@@ -4,7 +4,8 @@ Booster saves working weights in half precision and moments, and rebuilds the ma
 from the former, so a resumed run drifts from the uninterrupted one. Every plugin keeps its
 masters as the parameters of the inner optimizer, though; saving what each process holds, as it
 holds it, restores all plugins bit for bit, in safetensors and without communication. The
-price: the files fit only the layout that wrote them.
+price: the files fit only the layout that wrote them; for others ``optimizer_shares.py`` puts them
+together anew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from safetensors import safe_open
 
 from colossal_llama.errors import DataError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
     """This process's share of the optimizer: masters, moments, step and loss scale.
@@ -25,7 +28,7 @@ def optimizer_tensors(optimizer: Any) -> dict[str, torch.Tensor]:
     The tensors are the optimizer's own, not copies.
     """
     tensors: dict[str, torch.Tensor] = {}
-    for index, (parameter, master) in enumerate(_masters(optimizer)):
+    for index, (parameter, master) in enumerate(masters(optimizer)):
         tensors[f"{index}.master"] = master
         for name, value in optimizer.optim.state[parameter].items():
             tensors[f"{index}.{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
@@ -47,7 +50,7 @@ def load_optimizer_state(optimizer: Any, path: Path) -> None:
     """
     with safe_open(path, framework="pt") as stored:
         names = set(stored.keys())
-        for index, (parameter, master) in enumerate(_masters(optimizer)):
+        for index, (parameter, master) in enumerate(masters(optimizer)):
             if f"{index}.master" not in names:
                 raise DataError(f"{path}: no state for parameter {index}: another model or layout")
             value = stored.get_tensor(f"{index}.master")
@@ -58,16 +61,21 @@ def load_optimizer_state(optimizer: Any, path: Path) -> None:
                 )
             master.copy_(value)
             state = optimizer.optim.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 if f"{index}.{key}" in names:
                     state[key] = stored.get_tensor(f"{index}.{key}").to(master.device)
             if f"{index}.step" in names:
                 state["step"] = int(stored.get_tensor(f"{index}.step"))
-        scaler = loss_scaler(optimizer)
-        if scaler is not None and "loss_scale" in names:
-            scaler._scale = stored.get_tensor("loss_scale").to(scaler._scale.device)
-            counters = stored.get_tensor("loss_scale_counters").tolist()
-            scaler._growth_step, scaler._hysteresis_step = counters
+        load_loss_scale(optimizer, stored)
+
+
+def load_loss_scale(optimizer: Any, stored: Any) -> None:
+    """Restores the loss scale from an open file of optimizer state, if both have one."""
+    scaler = loss_scaler(optimizer)
+    if scaler is not None and "loss_scale" in set(stored.keys()):
+        scaler._scale = stored.get_tensor("loss_scale").to(scaler._scale.device)
+        counters = stored.get_tensor("loss_scale_counters").tolist()
+        scaler._growth_step, scaler._hysteresis_step = counters
 
 
 def loss_scaler(optimizer: Any) -> Any | None:
@@ -80,7 +88,7 @@ def loss_scaler(optimizer: Any) -> Any | None:
     return None
 
 
-def _masters(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def masters(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields (inner optimizer's parameter, its fp32 master weights), in a fixed order."""
     for group in optimizer.optim.param_groups:
         for parameter in group["params"]:

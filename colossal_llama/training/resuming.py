@@ -11,9 +11,10 @@ from colossal_llama.errors import DataError
 from colossal_llama.training import parameters
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.boosting import Boosted
-from colossal_llama.training.checkpoint import restore, verify
+from colossal_llama.training.checkpoint import restore, restore_from_shares, verify
 from colossal_llama.training.loading import check_same_model, say
 from colossal_llama.training.lora import base_directory
+from colossal_llama.training.optimizer_shares import named_shares
 from colossal_llama.training.state import (
     RunningState,
     is_checkpoint,
@@ -105,9 +106,15 @@ def resume(checkpoint: Path, state: RunningState, boosted: Boosted) -> None:
         )
     if saved.identity() == state.identity():
         restore(checkpoint, boosted.optimizer, boosted.layout)
+        return
+    shares = named_shares(boosted.model, boosted.optimizer)
+    if saved.can_become(state) and restore_from_shares(checkpoint, boosted.optimizer, shares):
+        kept = "weights, the optimizer's moments and the data position are carried over; sums are "
+        kept += "added up in another order, so that losses differ in late digits"
     else:
-        say(
-            f"warning: {checkpoint} was written by {saved.identity()}, this is "
-            f"{state.identity()}: weights (as modeling/ has them) and data position are carried "
-            "over, the optimizer's moments start anew"
-        )
+        kept = "weights (as modeling/ has them) and data position are carried over, the "
+        kept += "optimizer's moments start anew"
+    say(
+        f"warning: {checkpoint} was written by {saved.identity()}, this is {state.identity()}: "
+        f"{kept}"
+    )

@@ -47,6 +47,17 @@ class RunningState:
             f"on {self.world_size} processes"
         )
 
+    def can_become(self, other: RunningState) -> bool:
+        """Whether the optimizer's state can be divided as ``other`` wants it.
+
+        Tensor parallelism divides weights within their rows or columns.
+        """
+        return (
+            self.layout.get("tp") == other.layout.get("tp") == 1
+            and self.mixed_precision == other.mixed_precision
+            and self.trained == other.trained
+        )
+
 
 def is_checkpoint(directory: Path | str) -> bool:
     """Whether ``directory`` is a full checkpoint; its content decides, not its name."""

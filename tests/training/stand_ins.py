@@ -19,6 +19,7 @@ from torch import nn
 from colossal_llama.training.callbacks import Callback, Outcome
 from colossal_llama.training.checkpoint import CheckpointFiles
 from colossal_llama.training.file_writer import FileWriter
+from colossal_llama.training.optimizer_shares import Share
 from colossal_llama.training.plugins import Layout
 from colossal_llama.training.schedule import Schedule
 from colossal_llama.training.state import RunningState
@@ -70,6 +71,7 @@ def checkpoint_files(
         save_dir=save_dir,
         export=export,
         optimizer=optimizer or Optimizer(nn.Linear(3, 2)),
+        shares=[Share("weight", 0), Share("bias", 0)],
         schedule=SCHEDULE,
         layout=layout,
     )

@@ -92,6 +92,7 @@ def test_checkpoint_is_complete_and_pointed_at(tmp_path: Path, late: bool) -> No
         "modeling/model.safetensors",
         "modeling/config.json",
         "optimizer/rank-00000.safetensors",
+        "optimizer/rank-00000.json",
         "rng/rank-00000.safetensors",
         "lr_scheduler",
         "running_states.json",
@@ -192,7 +193,7 @@ def test_every_changed_byte_and_missing_file_is_found(tmp_path: Path) -> None:
     directory = save(tmp_path)
     verify(directory)
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         data = path.read_bytes()
         for place in {0, len(data) // 2, len(data) - 1}:

@@ -77,25 +77,22 @@ def test_data_is_cut_while_it_is_read(lab: Lab, straight: Path, tmp_path: Path) 
 def test_resumed_with_other_processes(
     lab: Lab, straight: Path, tmp_path: Path, ranks: int, rows: int
 ) -> None:
-    """The same rows and weights; what Adam has learnt of the gradients is lost, and said to be."""
+    """The same rows, weights and moments; that not all is the same to the bit is said."""
     save_dir, middle = tmp_path / "run", LAST // 2
     start = checkpoints(straight)[middle]
     flags = f"{FULL_LENGTH} --save_interval 0 --micro_batch_size {rows} --load_checkpoint {start}"
     done = lab.run(flags, save_dir, ranks=ranks)
     assert set(done.codes) == {0}, done
     warned = done.lines(f"warning: {start} was written by zero2")
-    assert [line.endswith("the optimizer's moments start anew") for line in warned] == (
-        [] if ranks == 2 else [True]
-    )
+    carried = "weights, the optimizer's moments and the data position are carried over"
+    assert [carried in line for line in warned] == ([] if ranks == 2 else [True])
     wanted = {line["step"]: line for line in metrics(straight)}
     found = {line["step"]: line for line in metrics(save_dir)}
     assert list(found) == list(range(middle + 1, LAST + 1))
     for step in found:
         for name in ("tokens", "learning_rate"):
             assert found[step][name] == wanted[step][name]
-        exact = ranks == 2 or step == middle + 1
-        near = 1e-3 if exact else 0.1
-        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], rel=near), step
+        assert found[step]["loss"] == pytest.approx(wanted[step]["loss"], rel=1e-3), step
     states = [
         json.loads((checkpoints(run)[LAST] / "running_states.json").read_text())
         for run in (straight, save_dir)

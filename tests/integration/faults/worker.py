@@ -24,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from colossal_llama import command
 from colossal_llama.runtime.distributed import distributed
 from colossal_llama.training import resuming
 from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.optimizer_shares import named_shares, write_shares
+from colossal_llama.training.optimizer_state import optimizer_tensors
 from colossal_llama.training.state import checkpoints
+from colossal_llama.training.tensor_file import save_file
 from colossal_llama.training.train import train
 from colossal_llama.training.trainer import StepMetrics, Trainer
 from tests.nursery_worker import warm_up
@@ -169,6 +173,18 @@ def slow(seconds: float) -> None:
     at_steps([1], wait)
 
 
+def dump_optimizer(step: int, to: str) -> None:
+    """Writes the optimizer's state at the beginning of ``step`` as a checkpoint has it."""
+
+    def act(trainer: Trainer) -> None:
+        if trainer.layout.optimizer_owner == dist.get_rank():
+            path = Path(to) / f"rank-{dist.get_rank():05d}.safetensors"
+            save_file(optimizer_tensors(trainer.optimizer), path)
+            write_shares(named_shares(trainer.model, trainer.optimizer), path.with_suffix(".json"))
+
+    at_steps([step], act)
+
+
 def see_old_directory() -> None:
     """The file system does not show this process the newest checkpoint yet."""
     resuming.newest_checkpoint = lambda save_dir: checkpoints(save_dir)[-2]
@@ -212,7 +228,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
         list_operations, kill_in_save, kill_in_write, limit_files, fill_disk, send, remove, slow,
-        see_old_directory, spoil,
+        see_old_directory, spoil, dump_optimizer,
     )
 }  # fmt: skip
 
