@@ -53,7 +53,7 @@ def as_if_left_out(checkpoint: Path, target: Path, state_after: dict[str, Any]) 
 def moves(before: Path, after: Path) -> list[str]:
     """The tensors of the weights and of the optimizer that are not the same, loss scale aside."""
     found = []
-    for path in [*before.glob("modeling/*.safetensors"), *before.glob("optimizer/*")]:
+    for path in [*before.glob("modeling/*.safetensors"), *before.glob("optimizer/*.safetensors")]:
         old, new = load_file(path), load_file(after / path.relative_to(before))
         assert old.keys() == new.keys()
         changed = [name for name in old if not torch.equal(old[name], new[name])]
