@@ -82,7 +82,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         save_dir=options.save_dir,
         export=Exporter(boosted.booster, boosted.model, tokenizer, adapter),
         optimizer=boosted.optimizer,
-        shares=named_shares(boosted.model, boosted.optimizer),
+        shares=named_shares(boosted.model, boosted.optimizer, layout.tensor_group),
         schedule=schedule,
         layout=layout,
         group=patient_group(),

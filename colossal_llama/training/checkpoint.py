@@ -225,7 +225,7 @@ def restore_from_shares(checkpoint: Path, optimizer: Any, shares: Sequence[Share
 
     Returns:
         whether that was possible: False, on all processes, where one of them needs a weight that
-        the files know under another name.
+        the files do not have: another size of tensor parallelism divides all of them.
 
     Raises:
         DataError: on all processes: a file is missing or damaged.

@@ -2,8 +2,8 @@
 
 Beside each file of optimizer state lies a list of what is in it. A run that goes on with another
 number of processes, or another plugin, puts its own parts together from all files: master weights
-and moments are those of the checkpoint, to the bit. (Tensor parallelism divides weights in ways
-that these lists do not tell.)
+and moments are those of the checkpoint, to the bit. Tensor parallelism divides weights in ways that
+these lists do not tell, so its parts are weights of their own here, for the same size of it only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 
 from colossal_llama import storage
@@ -61,18 +62,24 @@ def share_of(optimizer: Any, weight: torch.nn.Parameter) -> tuple[torch.Tensor, 
     return weight, 0
 
 
-def named_shares(model: Any, optimizer: Any) -> list[Share]:
-    """What the tensors of a boosted optimizer are parts of, in the order of ``masters``."""
+def named_shares(model: Any, optimizer: Any, tensor_group: Any = None) -> list[Share]:
+    """What the tensors of a boosted optimizer are parts of, in the order of ``masters``.
+
+    Args:
+        tensor_group: the processes among which weights are divided by tensor parallelism.
+    """
+    part = ""
+    if tensor_group is not None:
+        part = f" ({dist.get_rank(tensor_group)} of {dist.get_world_size(tensor_group)})"
     names = {}
     for name, weight in model.unwrap().named_parameters():
         share = share_of(optimizer, weight) if weight.requires_grad else None
         if share is not None:
             parameter, begin = share
             # The last stage of a pipeline has a copy of what elsewhere is one weight.
-            is_copy = name == "lm_head.weight" and model.unwrap().config.tie_word_embeddings
-            names[id(parameter)] = Share(
-                "model.embed_tokens.weight" if is_copy else name, int(begin)
-            )
+            if name == "lm_head.weight" and model.unwrap().config.tie_word_embeddings:
+                name = "model.embed_tokens.weight"
+            names[id(parameter)] = Share(f"{name}{part}", int(begin))
     return [names[id(parameter)] for parameter, _ in masters(optimizer)]
 
 

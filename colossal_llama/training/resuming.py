@@ -107,7 +107,7 @@ def resume(checkpoint: Path, state: RunningState, boosted: Boosted) -> None:
     if saved.identity() == state.identity():
         restore(checkpoint, boosted.optimizer, boosted.layout)
         return
-    shares = named_shares(boosted.model, boosted.optimizer)
+    shares = named_shares(boosted.model, boosted.optimizer, boosted.layout.tensor_group)
     if saved.can_become(state) and restore_from_shares(checkpoint, boosted.optimizer, shares):
         kept = "weights, the optimizer's moments and the data position are carried over; sums are "
         kept += "added up in another order, so that losses differ in late digits"

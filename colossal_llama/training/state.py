@@ -48,15 +48,8 @@ class RunningState:
         )
 
     def can_become(self, other: RunningState) -> bool:
-        """Whether the optimizer's state can be divided as ``other`` wants it.
-
-        Tensor parallelism divides weights within their rows or columns.
-        """
-        return (
-            self.layout.get("tp") == other.layout.get("tp") == 1
-            and self.mixed_precision == other.mixed_precision
-            and self.trained == other.trained
-        )
+        """Whether the optimizer's state is one for ``other``, if it can be divided so."""
+        return (self.mixed_precision, self.trained) == (other.mixed_precision, other.trained)
 
 
 def is_checkpoint(directory: Path | str) -> bool:

@@ -37,12 +37,14 @@ MOVES = [
     Move("zero2", PIPELINE, 2, TIED),
     Move("zero2", "3d --zero 2", 4, "--lora_rank 4"),
     Move("3d --zero 0", "zero2", 2, "--mixed_precision fp16"),
+    Move("3d --tp 2", "3d --tp 2 --zero 2", 4),
+    Move("3d --tp 2", "3d --tp 2 --pp 2 --accumulation_steps 2", 4, TIED),
 ]
 BATCH = 8  # rows of a step
 
 
 def flags(plugin: str, ranks: int, rest: str, lab: Lab) -> str:
-    data_ranks = ranks // (2 if re.search("--[pst]p", plugin) else 1)
+    data_ranks = ranks // 2 ** len(re.findall("--[pst]p 2", plugin))
     rows = BATCH // data_ranks // (2 if "--accumulation_steps" in plugin else 1)
     rest = rest.format(tied=lab.world.tied)
     return f"--plugin {plugin} --micro_batch_size {rows} --max_steps {LAST} {rest}"
@@ -77,8 +79,13 @@ def put_together(directory: Path, sizes: dict[str, int]) -> dict[str, torch.Tens
 
 
 def sizes_of(checkpoint: Path) -> dict[str, int]:
-    """The number of elements of each weight, and of those of an adapter."""
+    """The number of elements of each weight, of those of an adapter, and of parts of weights."""
     sizes = {}
+    for path in (checkpoint / "optimizer").glob("*.safetensors"):
+        tensors = load_file(path)
+        for number, (name, _) in enumerate(json.loads(path.with_suffix(".json").read_text())):
+            if " of 2)" in name:  # on two processes nothing else is divided
+                sizes[name] = tensors[f"{number}.master"].numel()
     for path in checkpoint.rglob("*/*.safetensors"):
         for name, values in load_file(path).items() if "rank" not in path.name else ():
             # PEFT's files have other names than its modules.
@@ -115,7 +122,7 @@ def test_moments_are_carried_over(
         assert line["loss"] == pytest.approx(losses[line["step"]], rel=1e-3)
 
 
-def test_tensor_parallelism_begins_anew(
+def test_another_tensor_parallelism_begins_anew(
     lab: Lab, run_of: dict[tuple[str, str], Path], tmp_path: Path
 ) -> None:
     start = checkpoints(run_of["zero2", TIED])[MIDDLE]

@@ -180,7 +180,9 @@ def dump_optimizer(step: int, to: str) -> None:
         if trainer.layout.optimizer_owner == dist.get_rank():
             path = Path(to) / f"rank-{dist.get_rank():05d}.safetensors"
             save_file(optimizer_tensors(trainer.optimizer), path)
-            write_shares(named_shares(trainer.model, trainer.optimizer), path.with_suffix(".json"))
+            group = trainer.layout.tensor_group
+            shares = named_shares(trainer.model, trainer.optimizer, group)
+            write_shares(shares, path.with_suffix(".json"))
 
     at_steps([step], act)
 
