@@ -15,6 +15,7 @@ from typing import Any
 from colossal_llama.dataset.arrow_rows import ArrowRows
 from colossal_llama.dataset.manifest import (
     MANIFEST_FILE,
+    VALIDATION_PART,
     ArrowFile,
     Manifest,
     Part,
@@ -82,6 +83,22 @@ class TrainingRows:
             self.files[part].row(index - int(self._ends[part]) + len(self.files[part]))
             for part, index in zip(parts, indices, strict=True)
         ]
+
+
+def check_apart(held_out: TrainingRows, training: TrainingRows) -> None:
+    """Refuses parts to evaluate on that are trained on.
+
+    Raises:
+        DataError: naming one.
+    """
+    trained = set(training.fingerprints)
+    for file, fingerprint in zip(held_out.files, held_out.fingerprints, strict=True):
+        if fingerprint in trained:
+            raise DataError(
+                f"--eval_dataset {file.path.parent} would be trained on: --dataset has the same "
+                f"rows; give the {VALIDATION_PART} part of a dataset prepared with "
+                "--validation_fraction"
+            )
 
 
 def open_parts(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -11,13 +12,12 @@ from colossalai.accelerator import get_accelerator
 
 from colossal_llama import command, storage
 from colossal_llama.dataset.loader import TrainingRows
-from colossal_llama.dataset.manifest import Manifest
 from colossal_llama.durations import seconds_of
-from colossal_llama.errors import DataError
+from colossal_llama.errors import DataError, UsageError, agreed
 from colossal_llama.runtime.distributed import patient_group
 from colossal_llama.runtime.watchdog import Watchdog, open_store
 from colossal_llama.training import parameters
-from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.arguments import AUTO, TrainOptions
 from colossal_llama.training.boosting import boost, build_passes
 from colossal_llama.training.callbacks import Callback
 from colossal_llama.training.checkpoint import CheckpointFiles, raise_on_all
@@ -29,19 +29,28 @@ from colossal_llama.training.guards import NonFiniteGuard, SpikeGuard
 from colossal_llama.training.loading import (
     load_model,
     load_tokenizer,
+    say,
     warn_of_slow_precision,
 )
 from colossal_llama.training.lora import add_adapter
 from colossal_llama.training.optimizer_shares import named_shares
 from colossal_llama.training.reporting import RunLog
 from colossal_llama.training.resuming import (
+    begun_from,
     checkpoint_to_load,
     initial_state,
     resume,
     weights_directory,
 )
-from colossal_llama.training.schedule import build_schedule
+from colossal_llama.training.save_dir import config_file
+from colossal_llama.training.schedule import build_schedule, schedule_problems
 from colossal_llama.training.state import RunningState, goes_on_in
+from colossal_llama.training.step_count import (
+    accumulation_steps,
+    check_enough,
+    last_step,
+    rows_of_a_step,
+)
 from colossal_llama.training.throughput import Throughput
 from colossal_llama.training.trainer import LogSteps, Trainer
 from colossal_llama.training.validation import Validation, open_validation
@@ -60,11 +69,22 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
     rows = open_rows(options)
     validation = open_validation(options, rows)
     tokenizer = load_tokenizer(options, rows.manifest)
-    resumed = checkpoint_to_load(options)
+    resumed, start = checkpoint_to_load(options), begun_from(options)
+    if resumed is None and options.load_checkpoint == AUTO and start is not None:
+        say(f"{options.save_dir} has no checkpoint yet; its run began from {start}")
+        if not Path(start).is_dir():
+            raise agreed(
+                DataError(f"{start}, from which the run in {options.save_dir} began, is gone")
+            )
+        options = dataclasses.replace(options, load_checkpoint=start)
+        resumed = checkpoint_to_load(options)
     state = initial_state(options, rows.fingerprints, resumed)
     accumulation = accumulation_steps(options, rows.manifest)
-    batch_size = data_ranks(options) * options.micro_batch_size * accumulation
-    total_steps = count_steps(options, state, len(rows), batch_size)
+    batch_size = rows_of_a_step(options, rows.manifest, dist.get_world_size())
+    check_enough(options, len(rows), batch_size)
+    total_steps = last_step(options, state.step, state.samples, len(rows), batch_size)
+    if problems := schedule_problems(options, total_steps):
+        raise agreed(UsageError(problems))
     weights = weights_directory(options, resumed)
     model = load_model(options, weights, len(tokenizer))
     adapter = add_adapter(options, model, weights, resumed) if options.lora_rank else None
@@ -75,7 +95,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
     if resumed is not None:
         resume(resumed, state, boosted)
     passes = build_passes(options, boosted, rows, tokenizer)
-    log = open_log(options, state, total_steps)
+    log = open_log(options, state, total_steps, start)
     device = torch.device(get_accelerator().get_current_device())
     schedule = build_schedule(options, total_steps)
     files = CheckpointFiles(
@@ -100,40 +120,11 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         log=log,
         throughput=throughput,
         watchdog=build_watchdog(options),
-        num_epochs=options.num_epochs,
+        num_epochs=None if options.max_steps is not None else options.num_epochs,
         device=device,
     )
     introduce(options, rows, trainer, batch_size)
     return trainer
-
-
-def accumulation_steps(options: TrainOptions, manifest: Manifest) -> int:
-    """What was asked for; otherwise 8 for SFT data, 1 for others, and at least ``--pp``."""
-    if options.accumulation_steps is not None:
-        return options.accumulation_steps
-    return max(8 if manifest.kind == "sft" else 1, options.pp)
-
-
-def data_ranks(options: TrainOptions) -> int:
-    """Among how many ranks the rows of a step are divided."""
-    return dist.get_world_size() // (options.tp * options.pp * options.sp)
-
-
-def count_steps(options: TrainOptions, state: RunningState, rows: int, batch_size: int) -> int:
-    """The last step of the run.
-
-    Raises:
-        DataError: the data is not enough for one step.
-    """
-    if rows * options.num_epochs < batch_size and options.max_steps is None:
-        raise DataError(
-            f"--dataset has {rows:,} rows, fewer than the {batch_size:,} of one step: prepare more "
-            "data, or lower --micro_batch_size or --accumulation_steps"
-        )
-    if options.max_steps is not None:
-        return options.max_steps
-    samples_left = max(0, options.num_epochs * rows - state.samples)
-    return state.step + math.ceil(samples_left / batch_size)
 
 
 def build_callbacks(
@@ -160,27 +151,37 @@ def build_callbacks(
     return [*guards, LogSteps(), stopper, *evaluators, checkpointer]
 
 
-def open_log(options: TrainOptions, state: RunningState, total_steps: int) -> RunLog:
+def open_log(
+    options: TrainOptions, state: RunningState, total_steps: int, start: str | None
+) -> RunLog:
     """Opens the run's logs, and writes the resolved flags beside them.
+
+    Args:
+        start: what the run began from, in place of ``--load_checkpoint`` in the flags: with them
+            it can be run again.
 
     Raises:
         DataError: on all processes, if the first cannot write them.
     """
     problem = None
     try:
-        log = _open_log(options, state, total_steps)
+        log = _open_log(options, state, total_steps, start)
     except OSError as error:
         problem = f"{error.filename or options.save_dir}: {error.strerror}"
     raise_on_all(problem, DataError)
     return log
 
 
-def _open_log(options: TrainOptions, state: RunningState, total_steps: int) -> RunLog:
+def _open_log(
+    options: TrainOptions, state: RunningState, total_steps: int, start: str | None
+) -> RunLog:
     main = dist.get_rank() == 0
     if main:
         options.save_dir.mkdir(parents=True, exist_ok=True)
-        target = options.config_file or options.save_dir / "config.json"
-        storage.write_json(target, command.as_dict(options))
+        target = config_file(options)
+        if state.step < total_steps or not target.exists():  # otherwise nothing will be trained
+            flags = dataclasses.replace(options, load_checkpoint=start, overwrite=False)
+            storage.write_json(target, command.as_dict(flags))
     return RunLog(
         options.save_dir,
         options.tensorboard_dir or options.save_dir / "tensorboard",

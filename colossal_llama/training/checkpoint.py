@@ -184,8 +184,11 @@ class CheckpointFiles:
             pointer.write_text(newest.name + "\n", encoding="utf-8")
 
 
-def verify(checkpoint: Path) -> None:
+def verify(checkpoint: Path, folder: str = "") -> None:
     """Compares the files of a checkpoint with their checksums, a share on each process.
+
+    Args:
+        folder: of which the files are compared alone, such as ``modeling``.
 
     Raises:
         DataError: on all processes, if a file is missing or was changed.
@@ -194,7 +197,8 @@ def verify(checkpoint: Path) -> None:
     if not isinstance(sums, dict):
         raise DataError(f"{checkpoint / CHECKSUM_FILE}: not a list of checksums")
     mistake = None
-    for name in sorted(sums)[dist.get_rank() :: dist.get_world_size()]:
+    names = [name for name in sorted(sums) if name.startswith(folder)]
+    for name in names[dist.get_rank() :: dist.get_world_size()]:
         path = checkpoint / name
         if not path.is_file():
             mistake = f"{path}: missing; the checkpoint is incomplete, resume from another"

@@ -164,11 +164,15 @@ class Stopper(Callback):
 
     def step_ended(self, trainer: Trainer, metrics: StepMetrics) -> None:
         self._longest_step = max(self._longest_step, metrics.seconds + metrics.seconds_between)
+        trainer.stop_reason = self._reason(trainer)
+
+    def _reason(self, trainer: Trainer) -> str | None:
         if any_rank(self._caught is not None, trainer.device):
             name = self._caught.name if self._caught else "a signal to another process"
-            trainer.stop_reason = f"stopped by {name}"
-        elif any_rank(self._is_late(), trainer.device):
-            trainer.stop_reason = "stopped before --max_time"
+            return f"stopped by {name}"
+        if any_rank(self._is_late(), trainer.device):
+            return "stopped before --max_time"
+        return None
 
     def _is_late(self) -> bool:
         if self._max_seconds is None:
@@ -179,3 +183,6 @@ class Stopper(Callback):
     def run_ends(self, trainer: Trainer) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if sys.exc_info()[1] is None and trainer.stop_reason is None:
+            # While the last step was evaluated, or saved; another stage may be about to begin.
+            trainer.stop_reason = self._reason(trainer)

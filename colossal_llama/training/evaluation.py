@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,10 +30,11 @@ if TYPE_CHECKING:
 
 
 class Evaluator(Callback):
-    """Evaluates every ``interval`` steps and after the last one; not when a run has to stop.
+    """Evaluates every ``interval`` steps and after the last one.
 
     Has to come after the stopper, and before the checkpointer: what was measured is then known
-    when a checkpoint says that the step is done.
+    when a checkpoint says that the step is done. A run that has to stop saves first; then it
+    measures what it has finished, or else leaves that to the run that goes on.
 
     Args:
         validation: the rows.
@@ -46,6 +48,7 @@ class Evaluator(Callback):
     def __init__(self, validation: Validation, interval: int, stages: int = 1) -> None:
         self._validation, self._interval = validation, interval
         self._micro_batches = 1 if stages == 1 else self.MICRO_BATCHES_PER_STAGE * stages
+        self._is_overdue = self._is_left_for_the_end = False
 
     def run_begins(self, trainer: Trainer) -> None:
         found = self._validation
@@ -53,13 +56,32 @@ class Evaluator(Callback):
             f"evaluating on {len(found.rows):,} rows with {found.tokens.sum():,} tokens "
             f"({found.bytes.sum():,} bytes) every {self._interval:,} steps"
         )
+        if self._is_overdue:
+            self._report(trainer)
+            self._is_overdue = False
 
     def step_ended(self, trainer: Trainer, metrics: StepMetrics) -> None:
-        due = trainer.state.step % self._interval == 0 or trainer.is_over
+        due = trainer.state.step % self._interval == 0 or trainer.state.finished
         if due and trainer.stop_reason is None:
-            result = self.evaluate(trainer)
-            trainer.log.log_evaluation(result)
-            trainer.say(describe(result))
+            self._report(trainer)
+        else:
+            self._is_overdue = due and not trainer.state.finished
+            self._is_left_for_the_end = due and trainer.state.finished
+
+    def run_ends(self, trainer: Trainer) -> None:
+        if self._is_left_for_the_end and sys.exc_info()[1] is None:
+            self._report(trainer)
+
+    def state(self) -> dict[str, Any]:
+        return {"is_overdue": True} if self._is_overdue else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._is_overdue = state["is_overdue"]
+
+    def _report(self, trainer: Trainer) -> None:
+        result = self.evaluate(trainer)
+        trainer.log.log_evaluation(result)
+        trainer.say(describe(result))
 
     def evaluate(self, trainer: Trainer) -> dict[str, Any]:
         """Measures the model as it is; the same result on all processes."""

@@ -16,11 +16,10 @@ from colossal_llama import storage
 from colossal_llama.errors import ColossalLlamaError, agreed
 from colossal_llama.training import gradients
 from colossal_llama.training.callbacks import Callback, Outcome, any_rank
+from colossal_llama.training.reporting import BAD_BATCHES_FILE
 
 if TYPE_CHECKING:
     from colossal_llama.training.trainer import StepMetrics, Trainer
-
-BAD_BATCHES_FILE = "bad_batches.jsonl"
 
 
 class NonFiniteGuard(Callback):

@@ -49,6 +49,12 @@ def load_model(options: TrainOptions, directory: Path, vocabulary: int) -> Any:
         DataError: the weights are incomplete, have tensors that the model does not know, or are
             of another vocabulary.
     """
+    rows = read_json(directory / "config.json").get("vocab_size", vocabulary)
+    if rows < vocabulary:
+        raise DataError(
+            f"{directory} has {rows} embedding rows, but the tokenizer in "
+            f"{options.pretrained} has {vocabulary} pieces; extend the model with init_model.py"
+        )
     say(f"loading {directory}")
     # One bar a process would be drawn over the others'.
     disable_progress_bar()
@@ -71,11 +77,6 @@ def load_model(options: TrainOptions, directory: Path, vocabulary: int) -> Any:
         raise DataError(
             f"{directory}: has weights that the model of its config.json does not know: "
             f"{list(report['unexpected_keys'])[:3]}"
-        )
-    if model.config.vocab_size < vocabulary:
-        raise DataError(
-            f"{directory} has {model.config.vocab_size} embedding rows, but the tokenizer in "
-            f"{options.pretrained} has {vocabulary} pieces; extend the model with init_model.py"
         )
     model.config.use_cache = False
     return model

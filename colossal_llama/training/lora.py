@@ -11,6 +11,7 @@ weights and the adapter, never from the sums, which are rounded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ class Adapter:
         """Writes what ``PeftModel.from_pretrained`` loads; for one process."""
         directory.mkdir(parents=True, exist_ok=True)
         storage.write_json(directory / CONFIG_FILE, self.config)
-        storage.write_json(directory / BASE_FILE, asdict(self.base))
+        # A recipe's directory may be moved, with the stage before this one in it.
+        relative = os.path.relpath(self.base.directory, directory)
+        storage.write_json(directory / BASE_FILE, {**asdict(self.base), "relative": relative})
         tensors, places = self.tensors(), set()
         for name, tensor in tensors.items():
             if tensor.data_ptr() in places:  # tied embeddings; in a file each has its own
@@ -142,8 +145,11 @@ def base_directory(options: TrainOptions, checkpoint: Path) -> Path:
             f"new stage from its weights with --load_checkpoint {checkpoint / 'modeling'}"
         )
     recorded = Path(_read_base(path).directory)
+    moved = path.parent / storage.read_json(path).get("relative", "")
     # Another machine may have the same model elsewhere; that it is the same is checked.
-    return recorded if (recorded / "config.json").is_file() else options.pretrained
+    candidates = [recorded, Path(os.path.normpath(moved))]
+    there = (place for place in candidates if (place / "config.json").is_file())
+    return next(there, options.pretrained)
 
 
 def add_adapter(
@@ -252,6 +258,6 @@ def _describe_base(model: Any, directory: Path) -> Base:
 def _read_base(path: Path) -> Base:
     content = storage.read_json(path)
     try:
-        return Base(**content)
+        return Base(**{name: value for name, value in content.items() if name != "relative"})
     except TypeError as error:
         raise DataError(f"{path}: does not describe base weights ({error})") from None

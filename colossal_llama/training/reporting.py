@@ -31,6 +31,7 @@ from colossal_llama.training.reporters import Reporter, open_reporter
 REPORTERS = ("tensorboard", "wandb", "trackio", "jsonl")
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.jsonl"
+BAD_BATCHES_FILE = "bad_batches.jsonl"  # written by the guards
 
 _MOST_WAITING = 100_000  # lines kept for a disk that is full: some 30 MB of memory
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -89,8 +90,8 @@ class RunLog:
         self._warned: set[str] = set()
         self._steps = _Lines(save_dir / METRICS_FILE)
         self._evaluations = _Lines(save_dir / EVALUATION_FILE)
-        for lines in (self._steps, self._evaluations):
-            _drop_steps_from(lines.path, first_step)
+        for name in (METRICS_FILE, EVALUATION_FILE, BAD_BATCHES_FILE):
+            _drop_steps_from(save_dir / name, first_step)
         storage.append_all(self._steps.path, b"")  # it exists from now on, and can be written
         self._reporters: dict[str, Reporter] = {}
         for name in dict.fromkeys(reporters):
@@ -244,6 +245,8 @@ def _drop_steps_from(path: Path, first_step: int) -> None:
         temporary.open("wb") as new,
     ):
         new.writelines(line for line in old if _step_of(line) < first)
+    if not path.stat().st_size:
+        path.unlink()  # bad_batches.jsonl is there only if there were any
 
 
 def _step_of(line: bytes) -> float:

@@ -15,8 +15,10 @@ from colossal_llama.training.checkpoint import restore, restore_from_shares, ver
 from colossal_llama.training.loading import check_same_model, say
 from colossal_llama.training.lora import base_directory
 from colossal_llama.training.optimizer_shares import named_shares
+from colossal_llama.training.save_dir import config_file
 from colossal_llama.training.state import (
     RunningState,
+    goes_on_in,
     is_checkpoint,
     newest_checkpoint,
     read_running_state,
@@ -32,6 +34,33 @@ def checkpoint_to_load(options: TrainOptions) -> Path | None:
         dist.broadcast_object_list(newest, src=0)
         return newest[0]
     return Path(load) if load is not None and is_checkpoint(Path(load)) else None
+
+
+def begun_from(options: TrainOptions) -> str | None:
+    """What a run begins from, or has begun from if this goes on with it; None: ``--pretrained``.
+
+    Weights, or a checkpoint of another run: the flags say it, or for a run that goes on in its
+    directory, the flags that were written there when it began.
+    """
+    if not goes_on_in(options.save_dir, options.load_checkpoint):
+        return options.load_checkpoint
+    found = [_recorded_start(options) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _recorded_start(options: TrainOptions) -> str | None:
+    path = config_file(options)
+    if not path.is_file():
+        return None
+    try:
+        flags = storage.read_json(path)
+    except DataError:
+        return None  # it will be written anew
+    start: str | None = flags.get("load_checkpoint")
+    if flags.get("pretrained") != str(options.pretrained) or goes_on_in(options.save_dir, start):
+        return None
+    return start
 
 
 def weights_directory(options: TrainOptions, resumed: Path | None) -> Path:
@@ -52,6 +81,9 @@ def initial_state(
     """
     state = new_state(options, fingerprints)
     if resumed is None:
+        weights = weights_directory(options, resumed)
+        if weights.name == "modeling" and is_checkpoint(weights.parent):
+            verify(weights.parent, "modeling/")
         return state
     saved = read_running_state(resumed)
     if saved.config_fingerprint != state.config_fingerprint:

@@ -49,6 +49,11 @@ def check_save_dir(options: TrainOptions) -> None:
         ) from None
 
 
+def config_file(options: TrainOptions) -> Path:
+    """Where a run writes its resolved flags."""
+    return options.config_file or options.save_dir / "config.json"
+
+
 @contextmanager
 def held(save_dir: Path) -> Iterator[None]:
     """Keeps other runs out of ``save_dir``, also on other machines, as far as its disk can.

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from colossal_llama import command, storage
-from colossal_llama.dataset.loader import VERIFY_OFF, VERIFY_SIZE, open_parts
+from colossal_llama.dataset.loader import VERIFY_OFF, VERIFY_SIZE, check_apart, open_parts
 from colossal_llama.errors import DataError, UsageError
-from colossal_llama.runtime.distributed import distributed
+from colossal_llama.runtime.distributed import distributed, world_size
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.recipe import Recipe, Stage, read_recipe, stage_problems
 from colossal_llama.training.state import newest_checkpoint, read_running_state
+from colossal_llama.training.step_count import check_enough, rows_of_a_step
 
 # Settings that change how a stage is computed, written or watched, not what it learns.
 _NO_MATTER = {
@@ -29,7 +30,7 @@ _NO_MATTER = {
 
 def run_recipe(
     path: Path,
-    train: Callable[[TrainOptions, float], int],
+    train: Callable[..., int],
     argv: Sequence[str],
     prog: str | None = None,
 ) -> int:
@@ -39,8 +40,9 @@ def run_recipe(
     was stopped early. The same call goes on where it was stopped.
 
     Args:
-        train: runs one stage and returns its exit code; takes its options and when the time of
-            ``--max_time``, which is that of all stages together, began (``time.monotonic``).
+        train: runs one stage and returns its exit code; takes its options, when the time of
+            ``--max_time``, which is that of all stages together, began (``time.monotonic``), and
+            as ``more_follows`` whether it is not the last.
 
     Raises:
         UsageError: naming the problems of all stages, before the first begins.
@@ -60,9 +62,9 @@ def run_recipe(
         return 0
     with distributed(left[0].options.seed):
         for stage in left:
-            code = train(_ready(recipe, stage), started)
+            code = train(_ready(recipe, stage), started, more_follows=stage is not left[-1])
             if code:
-                _say(f"{_title(recipe, stage)}: stopped early; the same command goes on with it")
+                _say(f"{_title(recipe, stage)}: stopped; the same command goes on from there")
                 return code
     _say(f"{recipe.path}: all {len(recipe.stages)} stages are finished")
     return 0
@@ -169,13 +171,21 @@ def _data_problems(stages: list[Stage]) -> list[str]:
     """Data of a later stage that does not fit should not be found out when the earlier is done."""
     found = []
     for stage in stages:
-        options = stage.options
-        verify = VERIFY_OFF if options.verify_data == VERIFY_OFF else VERIFY_SIZE
         try:
-            open_parts(options.dataset, options.pretrained, options.max_length, verify)
+            _check_data(stage.options)
         except DataError as error:
             found.append(f"{stage.name}: {error}")
     return found
+
+
+def _check_data(options: TrainOptions) -> None:
+    """Raises DataError, as the stage itself would."""
+    verify = VERIFY_OFF if options.verify_data == VERIFY_OFF else VERIFY_SIZE
+    rest = options.pretrained, options.max_length, verify
+    rows = open_parts(options.dataset, *rest)
+    check_enough(options, len(rows), rows_of_a_step(options, rows.manifest, world_size()))
+    if options.eval_dataset:
+        check_apart(open_parts(options.eval_dataset, *rest), rows)
 
 
 def _title(recipe: Recipe, stage: Stage) -> str:

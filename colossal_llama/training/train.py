@@ -29,11 +29,15 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     return command.exit_code(lambda: run_recipe(path, train, arguments, prog))
 
 
-def train(options: TrainOptions, started: float | None = None) -> int:
+def train(
+    options: TrainOptions, started: float | None = None, *, more_follows: bool = False
+) -> int:
     """Runs one stage of training; returns 0, or EXIT_STOPPED if it was stopped before its end.
 
     Args:
         started: when the time of ``--max_time`` began (``time.monotonic``); None for now.
+        more_follows: whether another stage is to begin after this one. It is not, if this one was
+            asked to stop and was at its end then; returns EXIT_STOPPED.
 
     Raises:
         ColossalLlamaError: what the user can mend: data, checkpoint or flags that do not fit.
@@ -48,8 +52,10 @@ def train(options: TrainOptions, started: float | None = None) -> int:
         try:
             with trainer.watchdog:
                 trainer.run()
-            stopped = trainer.stop_reason is not None and not trainer.state.finished
-            if stopped:
+            stopped = trainer.stop_reason is not None
+            if trainer.state.finished:
+                stopped = stopped and more_follows
+            elif stopped:
                 trainer.say(f"{trainer.stop_reason}; --load_checkpoint auto goes on from there")
             failed = False
         finally:

@@ -65,7 +65,7 @@ class Trainer:
     log: RunLog
     throughput: Throughput
     watchdog: Watchdog
-    num_epochs: int
+    num_epochs: int | None
     device: torch.device
     stop_reason: str | None = field(default=None, init=False)
 
@@ -221,8 +221,10 @@ class Trainer:
         self.state.step += 1
         self.state.samples += rows
         self.state.tokens += tokens
-        # The last batch may reach into an epoch that was not asked for.
-        self.state.epoch = min(self.state.samples // len(self.batches.rows), self.num_epochs)
+        self.state.epoch = self.state.samples // len(self.batches.rows)
+        if self.num_epochs is not None:
+            # The last batch may reach into an epoch that was not asked for.
+            self.state.epoch = min(self.state.epoch, self.num_epochs)
         self.state.finished = self.state.step >= self.schedule.total_steps
 
 

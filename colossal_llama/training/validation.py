@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from colossal_llama.dataset.loader import TrainingRows
+from colossal_llama.dataset.loader import TrainingRows, check_apart
 from colossal_llama.dataset.manifest import VALIDATION_PART
 from colossal_llama.dataset.tokenization import text_tokenizer
 from colossal_llama.dataset.writer import IGNORE_INDEX
@@ -65,14 +65,8 @@ def open_validation(options: TrainOptions, training: TrainingRows) -> Validation
 
 def check_held_out(rows: TrainingRows, training: TrainingRows) -> None:
     """Refuses rows that are trained on; warns of parts that may share documents with those."""
-    trained = set(training.fingerprints)
+    check_apart(rows, training)
     parts = [file.path.parent for file in rows.files]
-    for part, fingerprint in zip(parts, rows.fingerprints, strict=True):
-        if fingerprint in trained:
-            raise DataError(
-                f"--eval_dataset {part} would be trained on: --dataset has the same rows; give "
-                f"the {VALIDATION_PART} part of a dataset prepared with --validation_fraction"
-            )
     directories = {file.path.parent.resolve().parent for file in training.files}
     for part in parts:
         if part.name != VALIDATION_PART and part.resolve().parent in directories:

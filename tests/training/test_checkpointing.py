@@ -376,6 +376,26 @@ def test_handlers_are_those_from_before_when_the_run_ends(stopper: Stopper) -> N
     assert heard == [signal.SIGTERM]
 
 
+def test_a_signal_after_the_last_step_is_heard(stopper: Stopper) -> None:
+    """While that is evaluated or saved; of a recipe the next stage is not to begin."""
+    trainer = Trainer(total_steps=1)
+    stopper.run_begins(trainer)
+    take_step(trainer, stopper)
+    assert trainer.stop_reason is None
+    os.kill(os.getpid(), signal.SIGTERM)
+    stopper.run_ends(trainer)
+    assert trainer.stop_reason == "stopped by SIGTERM"
+
+
+def test_time_that_is_up_after_the_last_step_is_noticed(tmp_path: Path, clock: Clock) -> None:
+    stopper, trainer = Stopper(checkpointer(tmp_path), clock.now, 100.0), Trainer(total_steps=1)
+    stopper.step_ended(trainer, metrics(1, seconds=1.0))
+    assert trainer.stop_reason is None
+    clock.now += 100.0
+    stopper.run_ends(trainer)
+    assert trainer.stop_reason == "stopped before --max_time"
+
+
 def test_second_interrupt_ends_at_once(stopper: Stopper) -> None:
     stopper.run_begins(Trainer())
     os.kill(os.getpid(), signal.SIGINT)

@@ -127,7 +127,7 @@ def test_categories_without_loss_or_text_are_left_out(validation: Validation) ->
     assert "bits" not in evaluation.describe({"step": 7, "seconds": 1.0, **found})
 
 
-def test_is_due_at_intervals_and_at_the_end_but_not_when_stopped(
+def test_is_due_at_intervals_and_at_the_end_and_put_off_when_stopped(
     validation: Validation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -135,16 +135,33 @@ def test_is_due_at_intervals_and_at_the_end_but_not_when_stopped(
         Evaluator, "evaluate", lambda self, trainer: seen.append(trainer.state.step)
     )
     monkeypatch.setattr(evaluation, "describe", str)
-    evaluator = Evaluator(validation, 3)
     log = SimpleNamespace(log_evaluation=lambda result: None)
-    for step in range(1, 9):
-        for reason in (None, "stopped by SIGTERM"):
-            trainer: Any = SimpleNamespace(
-                state=SimpleNamespace(step=step), is_over=step == 8, stop_reason=reason, log=log
-            )
-            trainer.say = lambda text: None
-            evaluator.step_ended(trainer, None)  # type: ignore[arg-type]
+
+    def trainer(step: int, reason: str | None) -> Any:
+        state = SimpleNamespace(step=step, finished=step == 8)
+        return SimpleNamespace(state=state, stop_reason=reason, log=log, say=lambda text: None)
+
+    def run(steps: range, stop: int, saved: dict[str, Any]) -> dict[str, Any]:
+        """Stops with step ``stop``; returns what is saved then."""
+        evaluator = Evaluator(validation, 3)
+        if saved:
+            evaluator.load_state(saved)
+        evaluator.run_begins(trainer(steps.start - 1, None))
+        for step in steps:
+            last = trainer(step, "stopped by SIGTERM" if step == stop else None)
+            evaluator.step_ended(last, None)  # type: ignore[arg-type]
+        saved = evaluator.state()
+        evaluator.run_ends(last)
+        return saved
+
+    assert not run(range(1, 9), 0, {})
     assert seen == [3, 6, 8]
+    seen.clear()
+    assert not run(range(1, 6), 5, {})
+    saved = run(range(6, 7), 6, {})
+    assert seen == [3], "there may be no time for the sixth"
+    assert not run(range(7, 9), 8, saved)
+    assert seen == [3, 6, 8], "the last is measured after it was saved"
 
 
 def _row(ids: list[int], labels: list[int], lengths: list[int]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ import pytest
 from colossal_llama import storage
 from colossal_llama.errors import ColossalLlamaError
 from colossal_llama.training import gradients
-from colossal_llama.training.guards import BAD_BATCHES_FILE, NonFiniteGuard, SpikeGuard
+from colossal_llama.training.guards import NonFiniteGuard, SpikeGuard
+from colossal_llama.training.reporting import BAD_BATCHES_FILE, RunLog
 from tests.training.stand_ins import Trainer, metrics, outcome, run_processes
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -207,6 +208,24 @@ def test_full_disk_stops_nothing_and_loses_nothing(
     (said,) = trainer.said
     assert said.startswith(f"warning: {tmp_path / BAD_BATCHES_FILE}: No space left on device; ")
     assert '"data.arrow:4"' in said
+
+
+@pytest.mark.parametrize(("first", "kept"), [(1, []), (3, [2]), (6, [2, 3, 5])])
+def test_resumed_run_notes_no_batch_twice(
+    tmp_path: Path, trainer: Trainer, first: int, kept: list[int]
+) -> None:
+    """What is taken again is noted again if it is bad again; a new run has none of an old one's."""
+    guard = NonFiniteGuard(tmp_path, 9)
+    for step in (2, 3, 5):
+        guard.update_is_due(trainer, outcome(step, math.nan, finite=False))
+    RunLog(
+        tmp_path, tmp_path / "tensorboard", [], first_step=first, total_steps=9, active=True,
+        run_name="", config={},
+    ).close()  # fmt: skip
+    assert (tmp_path / BAD_BATCHES_FILE).exists() == bool(kept)
+    assert [line["step"] for line in noted(tmp_path)] == kept
+    guard.update_is_due(trainer, outcome(first, math.nan, finite=False))
+    assert [line["step"] for line in noted(tmp_path)] == [*kept, first]
 
 
 def test_directory_that_is_gone(tmp_path: Path, trainer: Trainer) -> None:

@@ -196,7 +196,11 @@ def test_base_weights_are_where_they_were_or_where_the_flags_say(
         lora.base_directory(options, checkpoint)
     write(lora.add_adapter(options, same_model(), paths["weights"], None), checkpoint)
     assert lora.base_directory(options, checkpoint) == paths["weights"]
-    paths["weights"].rename(tmp_path / "moved")
+    both = tmp_path / "both"
+    both.mkdir()
+    base, checkpoint = (path.rename(both / path.name) for path in (paths["weights"], checkpoint))
+    assert lora.base_directory(options, checkpoint) == base, "they were moved together"
+    base.rename(tmp_path / "moved")
     assert lora.base_directory(options, checkpoint) == paths["model"]
     (checkpoint / "adapter" / "base.json").write_text(json.dumps({"where": "?"}))
     with pytest.raises(DataError, match="does not describe base weights"):

@@ -17,6 +17,7 @@ import pytest
 from colossal_llama import cli, command
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.training.plot import PlotOptions, plot, unit_of
+from colossal_llama.training.plotting import picture
 from colossal_llama.training.plotting.curves import MOST_POINTS, Panel, limits, panels, smooth
 from colossal_llama.training.plotting.run_logs import marks, read_runs
 from colossal_llama.training.reporting import RunLog
@@ -267,7 +268,7 @@ def test_names_cannot_become_part_of_the_page(tmp_path: Path) -> None:
     assert f"loss: {evil}" in [panel["title"] for panel in data["panels"]]
 
 
-# As much of a browser as the page's script asks for; prints what it drew.
+# As much of a browser as the page's script asks for; `made` is what it drew.
 BROWSER = """
 const made = [];
 function element(name) {
@@ -286,6 +287,8 @@ globalThis.document = { getElementById: id => known[id], querySelectorAll: () =>
                         createElement: element, createElementNS: (_, name) => element(name) };
 globalThis.innerWidth = 1200;
 (0, eval)(SCRIPT);
+"""
+TOGGLE = """
 const count = name => made.filter(e => e.name === name).length;
 const report = () => ({ svg: count("svg"), circles: count("circle"), bad: made.filter(
   e => Object.values(e.attributes).some(v => /NaN|Infinity|undefined/.test(v))).length });
@@ -300,27 +303,96 @@ console.log(JSON.stringify(found));
 """
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
-def test_the_page_draws_itself(run: Path, tmp_path: Path) -> None:
-    other = write_run(tmp_path / "second", [record(1)], [{"step": 1, "loss": 2.0}])
-    output = tmp_path / "plot.html"
-    plot(PlotOptions([run, other], output, x="steps", smoothing=0.5))
-    text = output.read_text(encoding="utf-8")
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+
+
+def in_browser(page: Path, runs: int, then: str) -> Any:
+    """What the script ``then`` prints after the page has drawn itself."""
+    text = page.read_text(encoding="utf-8")
     script = text.rpartition("<script>")[2].partition("</script>")[0]
-    program = tmp_path / "browser.js"
+    program = page.with_suffix(".js")
     program.write_text(
-        f"const SCRIPT = {json.dumps(script)}, DATA = {json.dumps(json.dumps(page_data(output)))},"
-        f" RUNS = [0, 1];\n{BROWSER}",
+        f"const SCRIPT = {json.dumps(script)}, DATA = {json.dumps(json.dumps(page_data(page)))},"
+        f" RUNS = {list(range(runs))};\n{BROWSER}{then}",
         encoding="utf-8",
     )
     done = subprocess.run(["node", str(program)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    both, first, logarithmic, told, none = json.loads(done.stdout)
-    # Evaluations; of the second run, also single steps that make no line.
-    assert both == {"svg": 8, "circles": 3 * 5 + 1 + 4, "bad": 0}
+    return json.loads(done.stdout)
+
+
+@needs_node
+def test_the_page_draws_itself(run: Path, tmp_path: Path) -> None:
+    other = write_run(tmp_path / "second", [record(1)], [{"step": 1, "loss": 2.0}])
+    output = tmp_path / "plot.html"
+    plot(PlotOptions([run, other], output, x="steps", smoothing=0.5))
+    both, first, logarithmic, told, none = in_browser(output, 2, TOGGLE)
+    # Evaluations; of the second run, also single steps that make no line, and three of them raw.
+    assert both == {"svg": 8, "circles": 3 * 5 + 1 + 4 + 3, "bad": 0}
     assert first == logarithmic == {"svg": 8, "circles": 3 * 5, "bad": 0}
     assert re.fullmatch(r"first  [\d.]+ \([\d.]+\) evaluation 9 step 5", told)
     assert none == {"svg": 0, "circles": 0, "bad": 0}
+
+
+@pytest.fixture
+def short_stages(tmp_path: Path) -> Path:
+    """A recipe's directory: stages of one step, of two and of one."""
+    for name, steps in (("01-x", 1), ("02-y", 2), ("03-z", 1)):
+        write_run(tmp_path / "recipe" / name, [record(n) for n in range(1, steps + 1)])
+    return tmp_path / "recipe"
+
+
+# In the panel of the loss: where the lone points are, where the stages' names are, and what is
+# told of the places 0.9, 1.9, 2.9 and 4.
+LONE = """
+const frame = made.find(e => e.name === "rect").attributes;
+const svg = made.find(e => e.name === "svg");
+const names = svg.children.filter(e => e.attributes.transform);
+console.log(JSON.stringify({
+  dots: svg.children.filter(e => e.name === "circle").map(e => Math.round(+e.attributes.cx)),
+  names: names.map(e => [e.textContent, Math.round(e.attributes.transform.match(/[-.0-9]+/)[0])]),
+  left: +frame.x, right: +frame.x + +frame.width,
+  told: [0.9, 1.9, 2.9, 4].map(x => {
+    svg.onpointermove({ clientX: (+frame.x + 5 + x / 4 * (frame.width - 10)) / 1130 * 1000 });
+    return made.filter(e => e.name === "span").at(-1).textContent;
+  }) }));
+"""
+
+
+@needs_node
+def test_the_page_shows_stages_of_one_step(short_stages: Path, tmp_path: Path) -> None:
+    output = tmp_path / "plot.html"
+    plot(PlotOptions([short_stages], output, x="steps", smoothing=0.0))
+    found = in_browser(output, 1, LONE)
+    left, right = found["left"] + 5, found["right"] - 5  # the clip is that much wider
+    step = (right - left) / 4
+    assert found["dots"] == [round(left + step), round(right)], "the two steps between are a line"
+    assert found["names"] == [
+        ["01-x", round(left + 4)],
+        ["02-y", round(left + step + 4)],
+        ["03-z", round(left + 3 * step + 4)],
+    ]
+    assert found["told"] == [
+        *("recipe  2 step 1 of 01-x", "recipe  2 step 1 of 02-y"),
+        *("recipe  2 step 2 of 02-y", "recipe  2 step 1 of 03-z"),
+    ]
+
+
+def test_a_picture_shows_stages_of_one_step(short_stages: Path) -> None:
+    pytest.importorskip("matplotlib").use("Agg")
+    from matplotlib import pyplot
+
+    runs = read_runs([short_stages], "steps")
+    figure, axis = pyplot.subplots()
+    picture._draw_panel(axis, panels(runs, 0.0)[0], runs, ("steps", 1.0))
+    figure.canvas.draw()
+    dots = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "."]
+    assert [1, 4] in dots, "the two steps between are a line"
+    frame = axis.get_window_extent()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    pyplot.close(figure)
+    assert [text.get_text() for text in axis.texts] == ["01-x", "02-y", "03-z"]
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 for box in boxes)
 
 
 @pytest.mark.parametrize(("axis", "smoothing"), [("tokens", 0.9), ("hours", 0.0)])

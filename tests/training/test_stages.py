@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,18 @@ stages:
 """
 
 
+class Rows:
+    """What stands for opened data: ten rows."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.manifest = SimpleNamespace(kind="pretrain")
+        self.files = [SimpleNamespace(path=path / "rows.arrow") for path in paths]
+        self.fingerprints = [str(path) for path in paths]
+
+    def __len__(self) -> int:
+        return 10
+
+
 @dataclass
 class Trainer:
     """Stands for ``train``: leaves checkpoints, and stops early at the calls in ``stops``."""
@@ -41,8 +54,9 @@ class Trainer:
     stops: dict[int, Callable[[], int]] = field(default_factory=dict)
     calls: list[TrainOptions] = field(default_factory=list)
 
-    def __call__(self, options: TrainOptions, started: float) -> int:
+    def __call__(self, options: TrainOptions, started: float, *, more_follows: bool) -> int:
         assert 0 <= time.monotonic() - started < 60
+        assert more_follows == (options.save_dir.name != "03-chat")
         self.calls.append(options)
         storage.write_json(options.save_dir / "config.json", command.as_dict(options))
         stop = self.stops.get(len(self.calls))
@@ -77,7 +91,7 @@ def group() -> Iterator[None]:
 @pytest.fixture
 def recipe(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe's file beside its runs."""
-    monkeypatch.setattr(stages, "open_parts", lambda *_: None)
+    monkeypatch.setattr(stages, "open_parts", lambda paths, *_: Rows(paths))
     path = paths["model"].parent / "recipe.yaml"
     text = RECIPE.replace("FOLDER", str(path.parent))
     path.write_text(text, encoding="utf-8")
@@ -125,7 +139,7 @@ def test_a_stage_that_stops_early_stops_the_recipe_with_its_code(
     train = Trainer({2: lambda: STOPPED})
     assert run(recipe, train) == STOPPED
     assert len(train.calls) == 2
-    assert "stage 2 of 3, 02-knowledge: stopped early" in capsys.readouterr().err
+    assert "stage 2 of 3, 02-knowledge: stopped; the same command" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stop", [lambda: STOPPED, fail])
@@ -193,6 +207,25 @@ def test_data_that_does_not_fit_is_found_before_the_first_stage(
     assert len(found) == 3
     assert found[2].startswith("03-chat: ")
     assert "another tokenizer" in found[2]
+
+
+def test_too_little_data_is_found_before_the_first_stage(recipe: Path) -> None:
+    edit(recipe, "lr: 0.3", "micro_batch_size: 11, max_steps: 5")
+    (found,) = problems(recipe)
+    assert found.startswith("03-chat: --dataset has 10 rows, fewer than the 11 of one step")
+
+
+def test_rows_to_evaluate_on_that_are_trained_on_are_found_before_the_first_stage(
+    recipe: Path,
+) -> None:
+    for name in ("held-out", "data-2"):
+        (recipe.parent / name).mkdir()
+    path = recipe.parent / "data-2"
+    edit(recipe, "lr: 0.2", f"dataset: [{path}], eval_dataset: [{path}]")
+    edit(recipe, "lr: 0.3", f"dataset: [{path}], eval_dataset: [{recipe.parent / 'held-out'}]")
+    (found,) = problems(recipe)
+    assert found.startswith("02-knowledge: --eval_dataset")
+    assert "would be trained on" in found
 
 
 def test_data_of_a_finished_stage_may_be_gone(recipe: Path) -> None:

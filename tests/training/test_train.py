@@ -89,6 +89,14 @@ def test_exit_code(
     assert assembly.run.log.closed is False
 
 
+@pytest.mark.parametrize(("stop_reason", "code"), [(None, 0), ("stopped by SIGTERM", EXIT_STOPPED)])
+def test_a_stop_at_the_end_of_a_stage_keeps_the_next_from_beginning(
+    options: TrainOptions, assembly: Any, stop_reason: str | None, code: int
+) -> None:
+    assembly.run = Run(stop_reason, True, None)
+    assert train(options, more_follows=True) == code
+
+
 def test_exit_code_is_the_one_for_another_try() -> None:
     """EX_TEMPFAIL: schedulers and scripts know it."""
     assert EXIT_STOPPED == 75

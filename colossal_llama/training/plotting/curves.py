@@ -49,6 +49,16 @@ class Points:
         """The numbers among ``y``."""
         return [value for value in self.y if value is not None]
 
+    def alone(self) -> list[int]:
+        """Places of the values without a neighbour, which make no line: a stage of one step."""
+        padded = [None, *self.y, None]
+        around = zip(padded, self.y, padded[2:], strict=False)
+        return [
+            place
+            for place, (before, value, after) in enumerate(around)
+            if value is not None and before is None and after is None
+        ]
+
 
 @dataclass
 class Curve:

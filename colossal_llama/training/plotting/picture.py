@@ -52,10 +52,8 @@ def _draw_panel(axis: Any, panel: Panel, runs: Sequence[Run], unit: tuple[str, f
     low, high = limits(panel)
     for place, curve in panel.curves.items():
         _draw_curve(axis, curve, colour(place), size)
-        for stage in runs[place].stages[1:]:
-            axis.axvline(stage.start / size, color=colour(place), linewidth=0.8, linestyle=":")
-        if panel.title == "loss" and runs[place].stages[1:]:
-            _name_stages(axis, runs[place], colour(place), size)
+        if len(runs[place].stages) > 1:
+            _draw_stages(axis, runs[place], colour(place), size, named=panel.title == "loss")
         if panel.title.startswith("loss"):
             _draw_marks(axis, marks(runs[place]), colour(place), size)
     axis.set_ylim(low, high)
@@ -72,22 +70,25 @@ def _draw_curve(axis: Any, curve: Curve, paint: str, size: float) -> None:
         x = [place / size for place in points.x]
         y = [math.nan if value is None else value for value in points.y]
         axis.plot(x, y, color=paint, linewidth=width, alpha=alpha)
-        if len(points.values()) == 1:  # which makes no line
-            axis.plot(x, y, color=paint, marker=".", alpha=alpha)
+        alone = points.alone()
+        axis.plot([x[n] for n in alone], [y[n] for n in alone], color=paint, linestyle="",
+                  marker=".", alpha=alpha)  # fmt: skip
     x = [place / size for place in curve.markers.x]
     y = [math.nan if value is None else value for value in curve.markers.y]
     axis.plot(x, y, color=paint, linewidth=0.8, linestyle="--", marker="o", markersize=4,
               markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
 
 
-def _name_stages(axis: Any, run: Run, paint: str, size: float) -> None:
-    """Upright, so that the names of short stages do not run into each other."""
+def _draw_stages(axis: Any, run: Run, paint: str, size: float, *, named: bool) -> None:
+    """A line where each stage begins; the axis reaches to the first, so that its name is inside."""
     for stage in run.stages:
-        axis.annotate(
-            stage.name, (stage.start / size, 1), xycoords=("data", "axes fraction"),
-            xytext=(2, -4), textcoords="offset points", rotation=270, va="top", fontsize=7,
-            color=paint,
-        )  # fmt: skip
+        axis.axvline(stage.start / size, color=paint, linewidth=0.8, linestyle=":")
+        if named:  # upright, so that the names of short stages do not run into each other
+            axis.annotate(
+                stage.name, (stage.start / size, 1), xycoords=("data", "axes fraction"),
+                xytext=(2, -4), textcoords="offset points", rotation=270, va="top", fontsize=7,
+                color=paint,
+            )  # fmt: skip
 
 
 def _draw_marks(axis: Any, found: Sequence[Mark], paint: str, size: float) -> None:
