@@ -66,6 +66,7 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         DataError: data, tokenizer, model or checkpoint do not fit each other.
     """
     warn_of_slow_precision(options.mixed_precision)
+    parameters.check_names(options)
     rows = open_rows(options)
     validation = open_validation(options, rows)
     tokenizer = load_tokenizer(options, rows.manifest)

@@ -170,7 +170,7 @@ def add_adapter(
         r=options.lora_rank,
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=options.lora_dropout,
-        target_modules=_layers(options, model),
+        target_modules=layers(options, model),
         base_model_name_or_path=base.directory,
     )
     state = torch.get_rng_state()
@@ -213,8 +213,12 @@ def _embeddings(model: Any) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if id(module) in wanted}
 
 
-def _layers(options: TrainOptions, model: Any) -> list[str]:
-    """The last names of the linear modules that get an adapter."""
+def layers(options: TrainOptions, model: Any) -> list[str]:
+    """The last names of the linear modules that get an adapter.
+
+    Raises:
+        UsageError: there are no such modules.
+    """
     head = model.get_output_embeddings()
     known = sorted(
         {

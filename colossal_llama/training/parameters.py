@@ -28,6 +28,34 @@ def embedding_weights(model: Any) -> list[Parameter]:
     return list({id(weight): weight for weight in weights if weight is not None}.values())
 
 
+def check_names(options: TrainOptions) -> None:
+    """Looks for the names that flags give in a model without weights, which takes a second.
+
+    Raises:
+        UsageError: the model has no such parameters or modules, or nothing is left to train.
+    """
+    if not options.freeze and not options.lora_modules:
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trusted = options.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(
+            options.pretrained, local_files_only=True, trust_remote_code=trusted
+        )
+    except (OSError, ValueError):
+        return  # whoever loads the model says so
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+    if options.lora_rank:  # whose own parameters can be frozen, and are not there yet
+        from colossal_llama.training.lora import layers
+
+        layers(options, model)
+    else:
+        freeze(options, model)
+
+
 def freeze(options: TrainOptions, model: Any) -> None:
     """Freezes what the flags say.
 

@@ -15,6 +15,7 @@ from colossal_llama.dataset.loader import VERIFY_OFF, VERIFY_SIZE, check_apart, 
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.runtime.distributed import distributed, world_size
 from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.parameters import check_names
 from colossal_llama.training.recipe import Recipe, Stage, read_recipe, stage_problems
 from colossal_llama.training.state import newest_checkpoint, read_running_state
 from colossal_llama.training.step_count import check_enough, rows_of_a_step
@@ -168,12 +169,13 @@ def _text(value: Any) -> str:
 
 
 def _data_problems(stages: list[Stage]) -> list[str]:
-    """Data of a later stage that does not fit should not be found out when the earlier is done."""
+    """What does not fit in a later stage should not be found out when the earlier is done."""
     found = []
     for stage in stages:
         try:
             _check_data(stage.options)
-        except DataError as error:
+            check_names(stage.options)
+        except (DataError, UsageError) as error:
             found.append(f"{stage.name}: {error}")
     return found
 

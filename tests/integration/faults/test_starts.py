@@ -78,6 +78,16 @@ def test_a_step_has_no_row_twice(lab: Lab, tmp_path: Path) -> None:
     one_error(done, "--dataset has 252 rows, fewer than the 254 of one step")
 
 
+def test_names_are_looked_for_before_anything_is_loaded(lab: Lab, tmp_path: Path) -> None:
+    for flags, words in (
+        ("--freeze modle.*", "--freeze modle.*: no parameter has such a name"),
+        ("--lora_rank 4 --lora_modules q_porj", "--lora_modules q_porj: the layers have"),
+    ):
+        done = lab.run(flags, tmp_path / "run")
+        one_error(done, words)
+        assert not done.lines("loading "), done
+
+
 def test_a_warm_up_is_within_the_run(lab: Lab, tmp_path: Path) -> None:
     flags = lab.flags("--num_epochs 1 --warmup_steps 64", tmp_path / "run")
     place = flags.index("--max_steps")
