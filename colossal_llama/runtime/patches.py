@@ -8,10 +8,13 @@ applied again without effect.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def apply_all() -> None:
@@ -206,6 +209,82 @@ def scaled_bf16_gradients() -> None:
     wrap(HybridAdam, "torch_adam_update", update)
 
 
+def norm_of_a_frozen_stage() -> None:
+    """``booster/plugin/hybrid_parallel_plugin.py``, ``_compute_grad_norm``: leaves stages waiting.
+
+    The norm is summed over the stages of a pipeline. One that has no gradient, because all its
+    weights are frozen, or all those of a parameter group, whose norms ZeRO takes one by one,
+    returns 0 before the sum, for which the others wait for ever. Here it adds 0 to the sum.
+    May go when upstream lets every stage enter the sum.
+    """
+    from colossalai.accelerator import get_accelerator
+    from colossalai.booster.plugin import hybrid_parallel_plugin as hybrid
+
+    def norm_of_others(*groups: Any) -> float:
+        squares = torch.zeros(1, device=get_accelerator().get_current_device())
+        for group in groups:
+            if group is not None and dist.get_world_size(group) > 1:
+                dist.all_reduce(squares, group=group)
+        return math.sqrt(squares.item())
+
+    def norm(original: Callable[..., float], self: Any, pairs: Any, norm_type: int = 2) -> float:
+        if pairs or norm_type != 2:
+            return original(self, pairs, norm_type)
+        return norm_of_others(self.tp_pg, self.pp_pg)
+
+    def zero_norm(
+        original: Callable[..., float], self: Any, dp_pg: Any, gradients: Any, norm_type: int = 2
+    ) -> float:
+        if gradients or norm_type != 2:
+            return original(self, dp_pg, gradients, norm_type)
+        return norm_of_others(dp_pg, self.tp_pg, self.pp_pg)  # in upstream's order
+
+    wrap(hybrid.HybridParallelNaiveOptimizer, "_compute_grad_norm", norm)
+    wrap(hybrid.HybridParallelAMPOptimizer, "_compute_grad_norm", norm)
+    wrap(hybrid.HybridParallelZeroOptimizer, "_compute_grad_norm", zero_norm)
+
+
+def zero_on_a_frozen_stage() -> None:
+    """``zero/low_level/low_level_optim.py``, ``LowLevelZeroOptimizer``: asks the first weight.
+
+    It takes its dtype from the first weight of the first parameter group. Where a stage of a
+    pipeline trains none of that group, there is none: IndexError. Here there is an empty one,
+    which is frozen, and so goes the way of all frozen weights: it is left out.
+    May go when upstream looks no further than ``forced_dtype``, which a pipeline gives.
+    """
+    from colossalai.zero.low_level import LowLevelZeroOptimizer
+
+    def init(
+        original: Callable[..., None], self: Any, optimizer: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        weights = optimizer.param_groups[0]["params"]
+        if not weights:
+            weights.append(torch.nn.Parameter(torch.empty(0), requires_grad=False))
+        original(self, optimizer, *args, **kwargs)
+
+    wrap(LowLevelZeroOptimizer, "__init__", init)
+
+
+def frozen_shared_weights() -> None:
+    """``booster/plugin/hybrid_parallel_plugin.py``, ``HybridParallelModule``: adds up no gradients.
+
+    The embeddings of a tied model are on two stages of a pipeline, which add up their gradients,
+    and ask ZeRO for them to take the norm. Where they are frozen there are none: TypeError and
+    KeyError. Here only what trains counts as shared.
+    May go when upstream leaves frozen weights out.
+    """
+    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
+
+    def init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        # The same on every stage, also on those that have none of the weights.
+        trains = [all(w.requires_grad for w in weights.values()) for weights in self.shared_params]
+        for name in ("shared_params", "shared_param_process_groups"):
+            setattr(self, name, list(itertools.compress(getattr(self, name), trains)))
+
+    wrap(HybridParallelModule, "__init__", init)
+
+
 def wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     """Replaces ``owner.name`` by ``wrapper(original, *args)``, once for each wrapper."""
     original = getattr(owner, name)
@@ -229,5 +308,8 @@ ALWAYS = (
     gemini_offloaded_weights,
     detached_padding,
     scaled_bf16_gradients,
+    norm_of_a_frozen_stage,
+    zero_on_a_frozen_stage,
+    frozen_shared_weights,
 )
 ON_CPU = (zero_device_check, gemini_chunk_placement)

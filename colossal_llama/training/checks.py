@@ -169,11 +169,6 @@ def _what_is_trained(options: TrainOptions) -> Iterator[str]:
             f"--lora_rank does not work with {where}, which divides the layers that an adapter "
             "is added to; use zero2, or 3d without --tp and --pp"
         )
-    if options.freeze_non_embeds_params and options.pp > 2:
-        yield (
-            f"--freeze_non_embeds_params leaves the inner stages of --pp {options.pp} nothing to "
-            "train, which ColossalAI's optimizers cannot do: use --pp 2 or less"
-        )
     if lora and options.freeze_non_embeds_params:
         yield "--freeze_non_embeds_params freezes the layers that --lora_rank adapts: leave one out"
     if lora and options.lora_alpha == 0:

@@ -13,6 +13,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,14 +53,15 @@ def inputs() -> torch.Tensor:
     return torch.randn(4, WIDTH, dtype=torch.bfloat16)
 
 
-def llama() -> Any:
+def llama(**changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    config = LlamaConfig(**sizes | changes)
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
@@ -246,6 +248,56 @@ def scaled_bf16_gradients() -> dict[str, float]:
     return {f"bf16 {scale}": adam_drift(torch.bfloat16, scale) for scale in (-1.0, 3.0)}
 
 
+def norm_of_a_frozen_stage() -> dict[str, float]:
+    """What a stage without gradients takes for the norm, which is that of the other one's: 5."""
+    from colossalai.booster.plugin import hybrid_parallel_plugin as hybrid
+
+    pipeline = dist.group.WORLD
+    stage = SimpleNamespace(tp_pg=None, pp_pg=pipeline, tp_size=1, pp_size=2, shared_params=[])
+    found = {}
+    for kind in ("Naive", "AMP", "Zero"):
+        compute = getattr(hybrid, f"HybridParallel{kind}Optimizer")._compute_grad_norm
+        if dist.get_rank() == 0:
+            found[kind] = compute(stage, None, []) if kind == "Zero" else compute(stage, [])
+        if dist.get_rank() == 1 or found[kind] == 0:  # which left the other one waiting
+            dist.all_reduce(torch.full((1,), 25.0 * dist.get_rank()), group=pipeline)
+    return found
+
+
+def zero_on_a_frozen_stage() -> bool:
+    """Whether ZeRO trains the second parameter group where the first one has become empty."""
+    from colossalai.nn.optimizer import HybridAdam
+    from colossalai.zero import LowLevelZeroOptimizer
+
+    model = layers()
+    before = model[1].weight.clone()
+    adam = HybridAdam([{"params": model[0].parameters()}, {"params": model[1].parameters()}])
+    adam.param_groups[0]["params"] = []
+    optimizer = LowLevelZeroOptimizer(adam, forced_dtype=torch.bfloat16)
+    optimizer.backward(model(inputs()).float().square().mean())
+    optimizer.step()
+    return adam.param_groups[0]["params"] == [] and not torch.equal(before, model[1].weight)
+
+
+def frozen_shared_weights() -> list[int]:
+    """How many weights of a tied model two stages share, with and without the frozen one."""
+    from colossalai.booster.plugin import HybridParallelPlugin
+
+    found = []
+    for trains in (True, False):
+        model = llama(num_hidden_layers=2, tie_word_embeddings=True)
+        model.get_input_embeddings().weight.requires_grad = trains
+        plugin = HybridParallelPlugin(
+            tp_size=1, pp_size=2, num_microbatches=2, zero_stage=0, precision="bf16"
+        )
+        _, model, _ = boosted(plugin, model)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        model.sync_shared_params()
+        found.append(len(model.shared_params))
+    return found
+
+
 def multi_tensor_kernel() -> float:
     """The stand-in for the CUDA kernel, which runs on any device, against torch's AdamW."""
     torch.manual_seed(0)
@@ -321,6 +373,9 @@ CHECKS = (
     (gemini_offloaded_weights, patches.gemini_offloaded_weights),
     (detached_padding, patches.detached_padding),
     (scaled_bf16_gradients, patches.scaled_bf16_gradients),
+    (norm_of_a_frozen_stage, patches.norm_of_a_frozen_stage),
+    (zero_on_a_frozen_stage, patches.zero_on_a_frozen_stage),
+    (frozen_shared_weights, patches.frozen_shared_weights),
 )
 
 

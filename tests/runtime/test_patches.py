@@ -117,6 +117,22 @@ def test_padding_is_removed_from_a_detached_embedding(report: Report) -> None:
     assert report.with_it["detached_padding"] == [5, 2]
 
 
+def test_stage_without_gradients_learns_the_norm(report: Report) -> None:
+    kinds = ("Naive", "AMP", "Zero")
+    assert report.without["norm_of_a_frozen_stage"] == dict.fromkeys(kinds, 0)
+    assert report.with_it["norm_of_a_frozen_stage"] == dict.fromkeys(kinds, 5)
+
+
+def test_zero_has_an_empty_parameter_group(report: Report) -> None:
+    assert report.without["zero_on_a_frozen_stage"].startswith("IndexError")
+    assert report.with_it["zero_on_a_frozen_stage"] is True
+
+
+def test_gradients_of_frozen_shared_weights_are_not_added_up(report: Report) -> None:
+    assert report.without["frozen_shared_weights"].startswith("TypeError")
+    assert report.with_it["frozen_shared_weights"] == [1, 0]
+
+
 def test_rotary_frequencies_are_exact(report: Report) -> None:
     # Half a unit in the last of bf16's 8 bits.
     assert report.without["rope"] == pytest.approx(2**-9, rel=1)
