@@ -159,7 +159,7 @@ def test_tiny_recipe_stops_in_time_and_goes_on(world: World, tmp_path: Path) -> 
     command += ["--demo", str(demo), "--max_length", "512", "--max_steps", "2"]
     stopped = call([*command, "--max_time", "1s"], check=False)
     assert stopped.returncode == EXIT_STOPPED, stopped.stderr
-    assert "stage 1 of 3, 01-embeddings: stopped early; the same command goes on" in stopped.stderr
+    assert "stage 1 of 3, 01-embeddings: stopped; the same command goes on" in stopped.stderr
     done = call(command)
     assert "stage 1 of 3, 01-embeddings: goes on from" in done.stderr
     assert "all 3 stages are finished" in done.stderr
