@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,7 @@ from colossal_llama.errors import DataError, UsageError, agreed
 from colossal_llama.runtime.distributed import patient_group
 from colossal_llama.runtime.watchdog import Watchdog, open_store
 from colossal_llama.training import parameters
-from colossal_llama.training.arguments import AUTO, TrainOptions
+from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.boosting import boost, build_passes
 from colossal_llama.training.callbacks import Callback
 from colossal_llama.training.checkpoint import CheckpointFiles, raise_on_all
@@ -29,13 +28,13 @@ from colossal_llama.training.guards import NonFiniteGuard, SpikeGuard
 from colossal_llama.training.loading import (
     load_model,
     load_tokenizer,
-    say,
     warn_of_slow_precision,
 )
 from colossal_llama.training.lora import add_adapter
 from colossal_llama.training.optimizer_shares import named_shares
 from colossal_llama.training.reporting import RunLog
 from colossal_llama.training.resuming import (
+    begin_again,
     begun_from,
     checkpoint_to_load,
     initial_state,
@@ -70,15 +69,9 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
     rows = open_rows(options)
     validation = open_validation(options, rows)
     tokenizer = load_tokenizer(options, rows.manifest)
-    resumed, start = checkpoint_to_load(options), begun_from(options)
-    if resumed is None and options.load_checkpoint == AUTO and start is not None:
-        say(f"{options.save_dir} has no checkpoint yet; its run began from {start}")
-        if not Path(start).is_dir():
-            raise agreed(
-                DataError(f"{start}, from which the run in {options.save_dir} began, is gone")
-            )
-        options = dataclasses.replace(options, load_checkpoint=start)
-        resumed = checkpoint_to_load(options)
+    start = begun_from(options)
+    options = begin_again(options, start)
+    resumed = checkpoint_to_load(options)
     state = initial_state(options, rows.fingerprints, resumed)
     accumulation = accumulation_steps(options, rows.manifest)
     batch_size = rows_of_a_step(options, rows.manifest, dist.get_world_size())

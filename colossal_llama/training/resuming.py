@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import suppress
 from pathlib import Path
 
 import torch.distributed as dist
 
 from colossal_llama import storage
-from colossal_llama.errors import DataError
+from colossal_llama.errors import DataError, agreed
 from colossal_llama.training import parameters
-from colossal_llama.training.arguments import TrainOptions
+from colossal_llama.training.arguments import AUTO, TrainOptions
 from colossal_llama.training.boosting import Boosted
 from colossal_llama.training.checkpoint import restore, restore_from_shares, verify
 from colossal_llama.training.loading import check_same_model, say
 from colossal_llama.training.lora import base_directory
 from colossal_llama.training.optimizer_shares import named_shares
-from colossal_llama.training.save_dir import config_file
+from colossal_llama.training.save_dir import changed_settings, config_file
 from colossal_llama.training.state import (
     RunningState,
     goes_on_in,
@@ -28,7 +30,7 @@ from colossal_llama.training.state import (
 def checkpoint_to_load(options: TrainOptions) -> Path | None:
     """The checkpoint of the run that is resumed; None for a new run."""
     load = options.load_checkpoint
-    if load == "auto":
+    if load == AUTO:
         # Another machine may see an older state of a shared file system.
         newest = [newest_checkpoint(options.save_dir) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(newest, src=0)
@@ -57,10 +59,39 @@ def _recorded_start(options: TrainOptions) -> str | None:
         flags = storage.read_json(path)
     except DataError:
         return None  # it will be written anew
-    start: str | None = flags.get("load_checkpoint")
-    if flags.get("pretrained") != str(options.pretrained) or goes_on_in(options.save_dir, start):
+    if not isinstance(flags, dict) or flags.get("pretrained") != str(options.pretrained):
         return None
-    return start
+    start: str | None = flags.get("load_checkpoint")
+    return None if goes_on_in(options.save_dir, start) else start
+
+
+def begin_again(options: TrainOptions, start: str | None) -> TrainOptions:
+    """The flags of a run that ``--load_checkpoint auto`` goes on with, as they are meant.
+
+    One that has not saved yet begins from the same weights as before. One that has says which
+    settings are others now.
+
+    Raises:
+        DataError: the weights are gone.
+    """
+    if options.load_checkpoint != AUTO:
+        return options
+    if checkpoint_to_load(options) is not None:
+        _say_changes(options)
+        return options
+    if start is None:
+        return options
+    if not Path(start).is_dir():
+        raise agreed(DataError(f"{start}, from which the run in {options.save_dir} began, is gone"))
+    say(f"{options.save_dir} has no checkpoint yet; its run began from {start}")
+    return dataclasses.replace(options, load_checkpoint=start)
+
+
+def _say_changes(options: TrainOptions) -> None:
+    if dist.get_rank() == 0:
+        with suppress(DataError):  # a damaged file is written anew
+            if changes := changed_settings(options):
+                say(f"warning: goes on with changed settings: {', '.join(changes)}")
 
 
 def weights_directory(options: TrainOptions, resumed: Path | None) -> Path:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from colossal_llama import command
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.storage import read_json
 from colossal_llama.training.state import goes_on_in, is_checkpoint, newest_checkpoint
@@ -25,6 +26,14 @@ _FOREIGN = {
     "*.arrow": "a part of a dataset",
     "*.safetensors": "a model",
     "tokenizer_config.json": "a model or tokenizer",
+}
+
+# Settings that change how a run is computed, written or watched, not what it learns.
+_NO_MATTER = {
+    *("load_checkpoint", "save_dir", "save_interval", "keep_last", "async_save", "on_save_error"),
+    *("max_time", "hang_timeout", "overwrite", "config_file", "report_to", "tensorboard_dir"),
+    *("eval_dataset", "eval_interval", "verify_data", "plugin", "tp", "pp", "sp", "zero_stage"),
+    *("use_grad_checkpoint", "use_flash_attn", "torch_compile", "fused_loss"),
 }
 
 
@@ -52,6 +61,29 @@ def check_save_dir(options: TrainOptions) -> None:
 def config_file(options: TrainOptions) -> Path:
     """Where a run writes its resolved flags."""
     return options.config_file or options.save_dir / "config.json"
+
+
+def changed_settings(options: TrainOptions) -> list[str]:
+    """The settings that a run was begun with and that are others now: ``lr 0.1 -> 0.2``.
+
+    Raises:
+        DataError: the file with the former is damaged.
+    """
+    path = options.save_dir / "config.json"
+    if not path.is_file():
+        return []
+    then, now = read_json(path), command.as_dict(options)
+    if not isinstance(then, dict):
+        raise DataError(f"{path}: not the flags of a run")
+    return [
+        f"{name} {_text(then[name])} -> {_text(value)}"
+        for name, value in now.items()
+        if name in then and name not in _NO_MATTER and then[name] != value
+    ]
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 @contextmanager

@@ -8,25 +8,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from colossal_llama import command, storage
 from colossal_llama.dataset.loader import VERIFY_OFF, VERIFY_SIZE, check_apart, open_parts
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.runtime.distributed import distributed, world_size
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.parameters import check_names
 from colossal_llama.training.recipe import Recipe, Stage, read_recipe, stage_problems
+from colossal_llama.training.save_dir import changed_settings
 from colossal_llama.training.state import newest_checkpoint, read_running_state
 from colossal_llama.training.step_count import check_enough, rows_of_a_step
-
-# Settings that change how a stage is computed, written or watched, not what it learns.
-_NO_MATTER = {
-    *("load_checkpoint", "save_dir", "save_interval", "keep_last", "async_save", "on_save_error"),
-    *("max_time", "hang_timeout", "overwrite", "config_file", "report_to", "tensorboard_dir"),
-    *("eval_dataset", "eval_interval", "verify_data", "plugin", "tp", "pp", "sp", "zero_stage"),
-    *("use_grad_checkpoint", "use_flash_attn", "torch_compile", "fused_loss"),
-}
 
 
 def run_recipe(
@@ -94,7 +85,7 @@ def _ready(recipe: Recipe, stage: Stage) -> TrainOptions:
     if start is None:
         _say(f"{title}: starts from {stage.options.pretrained}")
     elif start.parent == stage.options.save_dir:
-        changes = _changes(stage)
+        changes = changed_settings(stage.options)
         aside = f", with changed settings: {', '.join(changes)}" if changes else ""
         _say(f"{title}: goes on from {start}{aside}")
     else:
@@ -140,7 +131,7 @@ def _finished_problems(recipe: Recipe, finished: list[Stage]) -> list[str]:
     changed = [
         f"{stage.options.save_dir} ({', '.join(changes)})"
         for stage in finished
-        if (changes := _changes(stage))
+        if (changes := changed_settings(stage.options))
     ]
     if not changed:
         return []
@@ -149,23 +140,6 @@ def _finished_problems(recipe: Recipe, finished: list[Stage]) -> list[str]:
         f"{', '.join(changed)}; restore them, give --keep_finished to go on from what is "
         "finished, or remove these directories and those of later stages to train them again"
     ]
-
-
-def _changes(stage: Stage) -> list[str]:
-    """The settings that a stage was begun with and that are others now: ``lr 0.1 -> 0.2``."""
-    path = stage.options.save_dir / "config.json"
-    if not path.is_file():
-        return []
-    then, now = storage.read_json(path), command.as_dict(stage.options)
-    return [
-        f"{name} {_text(then[name])} -> {_text(value)}"
-        for name, value in now.items()
-        if name in then and name not in _NO_MATTER and then[name] != value
-    ]
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _data_problems(stages: list[Stage]) -> list[str]:

@@ -19,7 +19,7 @@ import pytest
 from colossal_llama import command, storage
 from colossal_llama.errors import DataError, UsageError
 from colossal_llama.runtime.distributed import distributed
-from colossal_llama.training import stages
+from colossal_llama.training import save_dir, stages
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.stages import run_recipe
 from colossal_llama.training.state import STATE_FILE, RunningState
@@ -264,7 +264,7 @@ def test_how_a_stage_is_computed_may_change(recipe: Path) -> None:
 
 def test_settings_that_do_not_matter_exist() -> None:
     names = {field.name for field in dataclasses.fields(TrainOptions)}
-    assert names >= stages._NO_MATTER
+    assert names >= save_dir._NO_MATTER
 
 
 def test_a_stage_whose_forerunner_was_removed_is_refused(recipe: Path) -> None:

@@ -42,7 +42,9 @@ def test_a_stage_killed_before_its_first_save_begins_with_the_same_weights(
 
     # Nor does a call that trains nothing, or one that began anew, change that.
     written = config(save_dir)
-    assert lab.run(f"{flags} {AUTO} --lr 0.5", save_dir).codes == [0, 0]
+    done = lab.run(f"{flags} {AUTO} --lr 0.5", save_dir)
+    assert done.codes == [0, 0], done
+    assert done.lines("warning: ") == ["warning: goes on with changed settings: lr 0.01 -> 0.5"]
     assert config(save_dir) == written
     assert lab.run(f"{flags} {load} --overwrite", save_dir).codes == [0, 0]
     assert config(save_dir) == written
