@@ -17,7 +17,7 @@ from colossal_llama.runtime.distributed import patient_group
 from colossal_llama.runtime.watchdog import Watchdog, open_store
 from colossal_llama.training import parameters
 from colossal_llama.training.arguments import TrainOptions
-from colossal_llama.training.boosting import boost, build_passes
+from colossal_llama.training.boosting import Boosted, boost, build_passes
 from colossal_llama.training.callbacks import Callback
 from colossal_llama.training.checkpoint import CheckpointFiles, raise_on_all
 from colossal_llama.training.checkpointing import Checkpointer, Stopper
@@ -34,15 +34,13 @@ from colossal_llama.training.lora import add_adapter
 from colossal_llama.training.optimizer_shares import named_shares
 from colossal_llama.training.reporting import RunLog
 from colossal_llama.training.resuming import (
-    begin_again,
-    begun_from,
-    checkpoint_to_load,
+    find_beginning,
     initial_state,
     resume,
     weights_directory,
 )
 from colossal_llama.training.save_dir import config_file
-from colossal_llama.training.schedule import build_schedule, schedule_problems
+from colossal_llama.training.schedule import Schedule, build_schedule, schedule_problems
 from colossal_llama.training.state import RunningState, goes_on_in
 from colossal_llama.training.step_count import (
     accumulation_steps,
@@ -63,44 +61,29 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
 
     Raises:
         DataError: data, tokenizer, model or checkpoint do not fit each other.
+        UsageError: flags do not fit the model or the length of the run.
     """
     warn_of_slow_precision(options.mixed_precision)
     parameters.check_names(options)
     rows = open_rows(options)
     validation = open_validation(options, rows)
     tokenizer = load_tokenizer(options, rows.manifest)
-    start = begun_from(options)
-    options = begin_again(options, start)
-    resumed = checkpoint_to_load(options)
+    options, resumed, start = find_beginning(options)
     state = initial_state(options, rows.fingerprints, resumed)
-    accumulation = accumulation_steps(options, rows.manifest)
-    batch_size = rows_of_a_step(options, rows.manifest, dist.get_world_size())
-    check_enough(options, len(rows), batch_size)
-    total_steps = last_step(options, state.step, state.samples, len(rows), batch_size)
-    if problems := schedule_problems(options, total_steps):
-        raise agreed(UsageError(problems))
+    batch_size, total_steps = _count(options, rows, state)
     weights = weights_directory(options, resumed)
     model = load_model(options, weights, len(tokenizer))
     adapter = add_adapter(options, model, weights, resumed) if options.lora_rank else None
     parameters.freeze(options, model)
     throughput = Throughput(model, rows.longest_row, options.mixed_precision)
-    boosted = boost(options, model, accumulation)
-    layout = boosted.layout
+    boosted = boost(options, model, accumulation_steps(options, rows.manifest))
     if resumed is not None:
         resume(resumed, state, boosted)
     passes = build_passes(options, boosted, rows, tokenizer)
     log = open_log(options, state, total_steps, start)
-    device = torch.device(get_accelerator().get_current_device())
     schedule = build_schedule(options, total_steps)
-    files = CheckpointFiles(
-        save_dir=options.save_dir,
-        export=Exporter(boosted.booster, boosted.model, tokenizer, adapter),
-        optimizer=boosted.optimizer,
-        shares=named_shares(boosted.model, boosted.optimizer, layout.tensor_group),
-        schedule=schedule,
-        layout=layout,
-        group=patient_group(),
-    )
+    exporter = Exporter(boosted.booster, boosted.model, tokenizer, adapter)
+    files = _checkpoint_files(options, boosted, schedule, exporter)
     trainer = Trainer(
         model=boosted.model,
         optimizer=boosted.optimizer,
@@ -108,17 +91,46 @@ def build_trainer(options: TrainOptions, started: float) -> Trainer:
         batches=passes.batches,
         sampler=build_sampler(options, rows, batch_size),
         schedule=schedule,
-        layout=layout,
+        layout=boosted.layout,
         state=state,
         callbacks=build_callbacks(options, files, started, validation),
         log=log,
         throughput=throughput,
         watchdog=build_watchdog(options),
         num_epochs=None if options.max_steps is not None else options.num_epochs,
-        device=device,
+        device=torch.device(get_accelerator().get_current_device()),
     )
     introduce(options, rows, trainer, batch_size)
     return trainer
+
+
+def _count(options: TrainOptions, rows: TrainingRows, state: RunningState) -> tuple[int, int]:
+    """Rows of a step, and the last step of the run.
+
+    Raises:
+        DataError: the data is not enough for one step.
+        UsageError: the schedule is longer than the run.
+    """
+    batch_size = rows_of_a_step(options, rows.manifest, dist.get_world_size())
+    check_enough(options, len(rows), batch_size)
+    total_steps = last_step(options, state.step, state.samples, len(rows), batch_size)
+    if problems := schedule_problems(options, total_steps):
+        raise agreed(UsageError(problems))
+    return batch_size, total_steps
+
+
+def _checkpoint_files(
+    options: TrainOptions, boosted: Boosted, schedule: Schedule, exporter: Exporter
+) -> CheckpointFiles:
+    return CheckpointFiles(
+        save_dir=options.save_dir,
+        export=exporter,
+        optimizer=boosted.optimizer,
+        shares=named_shares(boosted.model, boosted.optimizer, boosted.layout.tensor_group),
+        schedule=schedule,
+        layout=boosted.layout,
+        group=patient_group(),
+    )
 
 
 def build_callbacks(

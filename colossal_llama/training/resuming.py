@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -27,7 +28,45 @@ from colossal_llama.training.state import (
 )
 
 
-def checkpoint_to_load(options: TrainOptions) -> Path | None:
+class Beginning(NamedTuple):
+    """Where a run begins or goes on.
+
+    Args:
+        options: the flags as they are meant.
+        checkpoint: that is resumed; None for a new run.
+        start: what the run begins from, or began from if this goes on with it: weights, or a
+            checkpoint of another run; None for ``--pretrained``.
+    """
+
+    options: TrainOptions
+    checkpoint: Path | None
+    start: str | None
+
+
+def find_beginning(options: TrainOptions) -> Beginning:
+    """What ``--load_checkpoint`` stands for.
+
+    With ``auto`` a run that has not saved yet begins from the same weights as before. One that has
+    says which settings are others now.
+
+    Raises:
+        DataError: the weights are gone.
+    """
+    checkpoint, start = _checkpoint_to_load(options), _begun_from(options)
+    if options.load_checkpoint == AUTO and checkpoint is not None:
+        _say_changes(options)
+    elif options.load_checkpoint == AUTO and start is not None:
+        if not Path(start).is_dir():
+            raise agreed(
+                DataError(f"{start}, from which the run in {options.save_dir} began, is gone")
+            )
+        say(f"{options.save_dir} has no checkpoint yet; its run began from {start}")
+        options = dataclasses.replace(options, load_checkpoint=start)
+        checkpoint = _checkpoint_to_load(options)
+    return Beginning(options, checkpoint, start)
+
+
+def _checkpoint_to_load(options: TrainOptions) -> Path | None:
     """The checkpoint of the run that is resumed; None for a new run."""
     load = options.load_checkpoint
     if load == AUTO:
@@ -38,12 +77,8 @@ def checkpoint_to_load(options: TrainOptions) -> Path | None:
     return Path(load) if load is not None and is_checkpoint(Path(load)) else None
 
 
-def begun_from(options: TrainOptions) -> str | None:
-    """What a run begins from, or has begun from if this goes on with it; None: ``--pretrained``.
-
-    Weights, or a checkpoint of another run: the flags say it, or for a run that goes on in its
-    directory, the flags that were written there when it began.
-    """
+def _begun_from(options: TrainOptions) -> str | None:
+    """As the flags say, or for a run that goes on, those that were written when it began."""
     if not goes_on_in(options.save_dir, options.load_checkpoint):
         return options.load_checkpoint
     found = [_recorded_start(options) if dist.get_rank() == 0 else None]
@@ -65,28 +100,6 @@ def _recorded_start(options: TrainOptions) -> str | None:
     return None if goes_on_in(options.save_dir, start) else start
 
 
-def begin_again(options: TrainOptions, start: str | None) -> TrainOptions:
-    """The flags of a run that ``--load_checkpoint auto`` goes on with, as they are meant.
-
-    One that has not saved yet begins from the same weights as before. One that has says which
-    settings are others now.
-
-    Raises:
-        DataError: the weights are gone.
-    """
-    if options.load_checkpoint != AUTO:
-        return options
-    if checkpoint_to_load(options) is not None:
-        _say_changes(options)
-        return options
-    if start is None:
-        return options
-    if not Path(start).is_dir():
-        raise agreed(DataError(f"{start}, from which the run in {options.save_dir} began, is gone"))
-    say(f"{options.save_dir} has no checkpoint yet; its run began from {start}")
-    return dataclasses.replace(options, load_checkpoint=start)
-
-
 def _say_changes(options: TrainOptions) -> None:
     if dist.get_rank() == 0:
         with suppress(DataError):  # a damaged file is written anew
@@ -99,7 +112,7 @@ def weights_directory(options: TrainOptions, resumed: Path | None) -> Path:
     if resumed is not None:
         return base_directory(options, resumed) if options.lora_rank else resumed / "modeling"
     load = options.load_checkpoint
-    return options.pretrained if load in (None, "auto") else Path(load)
+    return options.pretrained if load in (None, AUTO) else Path(load)
 
 
 def initial_state(
