@@ -130,7 +130,7 @@ def read_recipe(
             own = _stage_settings(entry, variables, path)
             values[entry["name"]] = {**common, **own, **given}
     if not problems:  # only what could be read can be said to be missing
-        problems = _by_stage({name: command.missing(options_type, v) for name, v in values.items()})
+        problems = by_stage({name: command.missing(options_type, v) for name, v in values.items()})
     if problems:
         raise UsageError(list(dict.fromkeys(problems)))  # two stages may share a file
     stages = [
@@ -142,10 +142,11 @@ def read_recipe(
 
 def stage_problems(stages: Sequence[Stage]) -> list[str]:
     """The problems of all stages' settings; one that all of them have is said once."""
-    return _by_stage({stage.name: stage.options.problems() for stage in stages})
+    return by_stage({stage.name: stage.options.problems() for stage in stages})
 
 
-def _by_stage(problems: Mapping[str, Sequence[str]]) -> list[str]:
+def by_stage(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """The problems with the names of the stages that have them; one of all stages without."""
     names: dict[str, list[str]] = {}
     for name, found in problems.items():
         for problem in found:

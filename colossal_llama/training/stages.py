@@ -14,7 +14,7 @@ from colossal_llama.errors import DataError, UsageError
 from colossal_llama.runtime.distributed import distributed, world_size
 from colossal_llama.training.arguments import TrainOptions
 from colossal_llama.training.parameters import check_names
-from colossal_llama.training.recipe import Recipe, Stage, read_recipe, stage_problems
+from colossal_llama.training.recipe import Recipe, Stage, by_stage, read_recipe, stage_problems
 from colossal_llama.training.save_dir import changed_settings
 from colossal_llama.training.state import newest_checkpoint, read_running_state
 from colossal_llama.training.step_count import check_enough, rows_of_a_step
@@ -144,14 +144,14 @@ def _finished_problems(recipe: Recipe, finished: list[Stage]) -> list[str]:
 
 def _data_problems(stages: list[Stage]) -> list[str]:
     """What does not fit in a later stage should not be found out when the earlier is done."""
-    found = []
+    found: dict[str, list[str]] = {stage.name: [] for stage in stages}
     for stage in stages:
         try:
             _check_data(stage.options)
             check_names(stage.options)
         except (DataError, UsageError) as error:
-            found.append(f"{stage.name}: {error}")
-    return found
+            found[stage.name].append(str(error))
+    return by_stage(found)
 
 
 def _check_data(options: TrainOptions) -> None:

@@ -7,6 +7,7 @@ No model is trained here: a stand-in for ``train`` leaves what a training leaves
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -199,14 +200,26 @@ def test_the_problems_of_all_stages_are_told_at_once(recipe: Path) -> None:
 def test_data_that_does_not_fit_is_found_before_the_first_stage(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    parts = itertools.count()  # each stage has one of its own
+
     def refuse(paths: list[Path], *_: object) -> None:
-        raise DataError(f"{paths[0]}: another tokenizer")
+        raise DataError(f"{paths[0]}/part-{next(parts)}: another tokenizer")
 
     monkeypatch.setattr(stages, "open_parts", refuse)
     found = problems(recipe)
     assert len(found) == 3
     assert found[2].startswith("03-chat: ")
     assert "another tokenizer" in found[2]
+
+
+def test_what_is_wrong_with_all_stages_is_told_once(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UsageError(["--freeze modle.*: no parameter has such a name"])
+
+    monkeypatch.setattr(stages, "check_names", refuse)
+    assert problems(recipe) == ["--freeze modle.*: no parameter has such a name"]
 
 
 def test_too_little_data_is_found_before_the_first_stage(recipe: Path) -> None:
